@@ -1,0 +1,1 @@
+"""Wan2.2 video generation and training on MLX."""
