@@ -1,0 +1,281 @@
+"""The Wan diffusion transformer: noisy latents, a timestep and a text embedding in, a velocity out.
+
+Follows `wan/modules/model.py` of the official repository. Parameter names are the official ones; tensors are
+channels last. Precision as there: the residual stream, norms, time embedding, modulation and output head are
+float32, attention and feed-forward matmuls run in `dtype`.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from .layers import attend, run_layers
+
+# Parameters that stay float32 whatever the compute dtype: fragments of their names.
+FLOAT32_PARAMETERS = ("time_embedding.", "time_projection.", "modulation", "head.head.", "norm")
+
+ROPE_THETA = 10000.0
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """Dimensions, under the names of the official config.json."""
+
+    in_dim: int = 48
+    out_dim: int = 48
+    dim: int = 3072
+    ffn_dim: int = 14336
+    num_heads: int = 24
+    num_layers: int = 30
+    freq_dim: int = 256
+    text_dim: int = 4096
+    text_len: int = 512
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    qk_norm: bool = True
+    cross_attn_norm: bool = True
+    eps: float = 1e-6
+    model_type: str = "ti2v"
+
+
+def timestep_embedding(timesteps: mx.array, dim: int) -> mx.array:
+    """Sinusoidal features of `timesteps` (in 0..1000), shape (..., dim), float32: cosines, then sines.
+
+    The reference computes the angles in float64, which GPUs lack. Here the frequency, in turns, is split into a
+    12-bit head, whose product with a whole timestep is exact in float32, and a small tail; dropping the whole
+    turns of the head's product first keeps the angle good to about 1e-7.
+    """
+    half = dim // 2
+    turns_per_step = ROPE_THETA ** -(np.arange(half, dtype=np.float64) / half) / (2 * np.pi)
+    head = (turns_per_step.astype(np.float32).view(np.uint32) & 0xFFFFF000).view(np.float32)
+    tail = (turns_per_step - head).astype(np.float32)
+    t = timesteps.astype(mx.float32)[..., None]
+    turns = t * mx.array(head)
+    turns = turns - mx.round(turns)
+    angle = 2 * math.pi * (turns + t * mx.array(tail))
+    return mx.concatenate([mx.cos(angle), mx.sin(angle)], axis=-1)
+
+
+@lru_cache(maxsize=8)
+def _rope_table(grid: tuple[int, int, int], head_dim: int) -> tuple[np.ndarray, np.ndarray]:
+    # Each half-dimension of a head turns with one coordinate: time takes what height and width, a third each, leave.
+    third = 2 * (head_dim // 6)
+    angles = []
+    for axis, (size, width) in enumerate(zip(grid, (head_dim - 2 * third, third, third), strict=True)):
+        frequency = ROPE_THETA ** -(np.arange(0, width, 2, dtype=np.float64) / width)
+        shape = [1, 1, 1, width // 2]
+        shape[axis] = size
+        angles.append(np.broadcast_to(np.outer(np.arange(size), frequency).reshape(shape), (*grid, width // 2)))
+    angle = np.concatenate(angles, axis=-1).reshape(-1, 1, head_dim // 2)
+    return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+
+
+def rope_table(grid: tuple[int, int, int], head_dim: int) -> tuple[mx.array, mx.array]:
+    """Cosines and sines, each (t*h*w, 1, head_dim / 2), of the rotary embedding of a (t, h, w) grid of tokens.
+
+    Computed in float64, kept in float32.
+    """
+    cos, sin = _rope_table(grid, head_dim)
+    return mx.array(cos), mx.array(sin)
+
+
+def rotate(x: mx.array, cos: mx.array, sin: mx.array, num_heads: int) -> mx.array:
+    """Rotates neighbouring pairs of x (B, L, num_heads * head_dim) by the tables of `rope_table`."""
+    pairs = x.reshape(*x.shape[:2], num_heads, -1, 2)
+    even, odd = pairs[..., 0], pairs[..., 1]
+    return mx.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(x.shape)
+
+
+def modulate(x: mx.array, shift: mx.array, scale: mx.array, eps: float) -> mx.array:
+    """Layer norm without weights, then a scale and shift that are shared by groups of neighbouring tokens.
+
+    x: (B, L, C); shift, scale: (B, G, C), where G divides L: 1 for one timestep a sample, t for one a latent
+    frame, L for one a token.
+    """
+    x = mx.fast.layer_norm(x, None, None, eps)
+    grouped = x.reshape(x.shape[0], shift.shape[1], -1, x.shape[-1])
+    return (grouped * (1 + scale[:, :, None]) + shift[:, :, None]).reshape(x.shape)
+
+
+def gated_add(x: mx.array, y: mx.array, gate: mx.array) -> mx.array:
+    """x + y * gate with a gate (B, G, C) shared as in `modulate`; float32."""
+    grouped = y.astype(mx.float32).reshape(x.shape[0], gate.shape[1], -1, x.shape[-1])
+    return x + (grouped * gate[:, :, None]).reshape(x.shape)
+
+
+class Attention(nn.Module):
+    """Self- or cross-attention with RMS-normalised queries and keys."""
+
+    def __init__(self, config: TransformerConfig, dtype: mx.Dtype):
+        super().__init__()
+        dim = config.dim
+        self.dtype, self.num_heads = dtype, config.num_heads
+        self.scale = (dim // config.num_heads) ** -0.5
+        self.q = nn.Linear(dim, dim)
+        self.k = nn.Linear(dim, dim)
+        self.v = nn.Linear(dim, dim)
+        self.o = nn.Linear(dim, dim)
+        self.norm_q = nn.RMSNorm(dim, config.eps) if config.qk_norm else nn.Identity()
+        self.norm_k = nn.RMSNorm(dim, config.eps) if config.qk_norm else nn.Identity()
+
+    def __call__(self, x: mx.array, context: mx.array, rope: tuple[mx.array, mx.array] | None = None) -> mx.array:
+        # x: (B, L, C), context: (B, Lk, C), both in self.dtype
+        q = self.norm_q(self.q(x).astype(mx.float32))
+        k = self.norm_k(self.k(context).astype(mx.float32))
+        if rope is not None:
+            q, k = rotate(q, *rope, self.num_heads), rotate(k, *rope, self.num_heads)
+        q, k = q.astype(self.dtype), k.astype(self.dtype)
+        return self.o(attend(q, k, self.v(context), self.num_heads, self.scale))
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention to the text, feed-forward; the timestep modulates the first and the last."""
+
+    def __init__(self, config: TransformerConfig, dtype: mx.Dtype):
+        super().__init__()
+        self.dtype, self.eps = dtype, config.eps
+        self.modulation = mx.random.normal((1, 6, config.dim)) / config.dim**0.5
+        self.self_attn = Attention(config, dtype)
+        self.norm3 = nn.LayerNorm(config.dim, config.eps) if config.cross_attn_norm else nn.Identity()
+        self.cross_attn = Attention(config, dtype)
+        self.ffn = [
+            nn.Linear(config.dim, config.ffn_dim),
+            nn.GELU(approx="tanh"),
+            nn.Linear(config.ffn_dim, config.dim),
+        ]
+
+    def __call__(self, x: mx.array, context: mx.array, time: mx.array, rope: tuple[mx.array, mx.array]) -> mx.array:
+        # x: (B, L, C) float32; context: (B, n, C) dtype; time: (B, G, 6, C) float32
+        shift1, scale1, gate1, shift2, scale2, gate2 = ((self.modulation[:, None] + time)[:, :, i] for i in range(6))
+        y = modulate(x, shift1, scale1, self.eps).astype(self.dtype)
+        x = gated_add(x, self.self_attn(y, y, rope), gate1)
+        x = x + self.cross_attn(self.norm3(x).astype(self.dtype), context).astype(mx.float32)
+        y = modulate(x, shift2, scale2, self.eps).astype(self.dtype)
+        return gated_add(x, run_layers(self.ffn, y), gate2)
+
+
+class Head(nn.Module):
+    """The last norm and projection, modulated by the time embedding, in float32."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.eps = config.eps
+        self.modulation = mx.random.normal((1, 2, config.dim)) / config.dim**0.5
+        self.head = nn.Linear(config.dim, math.prod(config.patch_size) * config.out_dim)
+
+    def __call__(self, x: mx.array, time: mx.array) -> mx.array:
+        # x: (B, L, C); time: (B, G, C)
+        shift, scale = self.modulation[:, :1] + time, self.modulation[:, 1:] + time
+        return self.head(modulate(x, shift, scale, self.eps))
+
+
+class PatchEmbedding(nn.Module):
+    """A convolution whose stride is its kernel, done as one matmul over patches."""
+
+    def __init__(self, config: TransformerConfig, dtype: mx.Dtype):
+        super().__init__()
+        self.dtype = dtype
+        self.weight = mx.random.normal((config.dim, *config.patch_size, config.in_dim)) * 0.02
+        self.bias = mx.zeros((config.dim,))
+
+    def __call__(self, patches: mx.array) -> mx.array:
+        # patches: (B, L, pt * ph * pw * C)
+        weight = self.weight.reshape(self.weight.shape[0], -1)
+        return patches.astype(self.dtype) @ weight.T + self.bias
+
+
+def patchify(latents: mx.array, patch: tuple[int, int, int]) -> mx.array:
+    """(B, t, h, w, C) -> (B, tokens, pt * ph * pw * C), tokens in (t, h, w) order."""
+    b, t, h, w, c = latents.shape
+    pt, ph, pw = patch
+    x = latents.reshape(b, t // pt, pt, h // ph, ph, w // pw, pw, c)
+    return x.transpose(0, 1, 3, 5, 2, 4, 6, 7).reshape(b, -1, pt * ph * pw * c)
+
+
+def unpatchify(x: mx.array, grid: tuple[int, int, int], patch: tuple[int, int, int]) -> mx.array:
+    """The way back from `patchify`: (B, tokens, pt * ph * pw * C) -> (B, t, h, w, C)."""
+    (t, h, w), (pt, ph, pw) = grid, patch
+    x = x.reshape(x.shape[0], t, h, w, pt, ph, pw, -1)
+    return x.transpose(0, 1, 4, 2, 5, 3, 6, 7).reshape(x.shape[0], t * pt, h * ph, w * pw, -1)
+
+
+class WanTransformer(nn.Module):
+    """Predicts the velocity ε − x0 of flow matching from noisy latents.
+
+    Args:
+        config: dimensions.
+        dtype: what attention and feed-forward matmuls compute in; their weights should have it too.
+    """
+
+    def __init__(self, config: TransformerConfig, dtype: mx.Dtype = mx.float32):
+        super().__init__()
+        self.config, self.dtype = config, dtype
+        self.patch_embedding = PatchEmbedding(config, dtype)
+        self.text_embedding = [
+            nn.Linear(config.text_dim, config.dim),
+            nn.GELU(approx="tanh"),
+            nn.Linear(config.dim, config.dim),
+        ]
+        self.time_embedding = [nn.Linear(config.freq_dim, config.dim), nn.SiLU(), nn.Linear(config.dim, config.dim)]
+        self.time_projection = [nn.SiLU(), nn.Linear(config.dim, 6 * config.dim)]
+        self.blocks = [Block(config, dtype) for _ in range(config.num_layers)]
+        self.head = Head(config)
+
+    def __call__(self, latents: mx.array, timesteps: mx.array, context: mx.array) -> mx.array:
+        """
+        Args:
+            latents: (B, t, h, w, in_dim); h and w divisible by the patch.
+            timesteps: 0 (clean) to 1000 (noise): (B,), (B, t) one a latent frame, or (B, tokens).
+            context: (B, n, text_dim) text embeddings; the reference pads n with zeros to `text_len`.
+
+        Returns:
+            velocity (B, t, h, w, out_dim), float32.
+        """
+        config = self.config
+        grid = self.token_grid(latents.shape)
+        x = self.patch_embedding(patchify(latents, config.patch_size)).astype(mx.float32)
+        time, modulation = self.embed_time(timesteps, grid)
+        context = run_layers(self.text_embedding, context.astype(self.dtype))
+        rope = rope_table(grid, config.dim // config.num_heads)
+        for block in self.blocks:
+            x = block(x, context, modulation, rope)
+        return unpatchify(self.head(x, time), grid, config.patch_size)
+
+    def token_grid(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
+        """Tokens along time, height and width for latents of `shape` (B, t, h, w, C)."""
+        sizes, patch = tuple(shape[1:4]), self.config.patch_size
+        if any(size % p for size, p in zip(sizes, patch, strict=True)) or shape[4] != self.config.in_dim:
+            raise ValueError(f"latents {tuple(shape)} do not fit patches of {patch} and {self.config.in_dim} channels")
+        return sizes[0] // patch[0], sizes[1] // patch[1], sizes[2] // patch[2]
+
+    def embed_time(self, timesteps: mx.array, grid: tuple[int, int, int]) -> tuple[mx.array, mx.array]:
+        """Time embedding (B, G, C) and modulation (B, G, 6, C), float32; G as in `modulate`."""
+        if timesteps.ndim == 1:
+            timesteps = timesteps[:, None]
+        if timesteps.shape[1] not in (1, grid[0], math.prod(grid)):
+            raise ValueError(
+                f"timesteps {timesteps.shape} must hold one value a sample, a latent frame ({grid[0]}) "
+                f"or a token ({math.prod(grid)})"
+            )
+        time = run_layers(self.time_embedding, timestep_embedding(timesteps, self.config.freq_dim))
+        modulation = run_layers(self.time_projection, time)
+        return time, modulation.reshape(*time.shape[:2], 6, self.config.dim)
+
+    def init_weights(self) -> None:
+        """The official initialisation: Xavier-uniform matrices, small embeddings, a zero output layer."""
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                out_dim, in_dim = module.weight.shape
+                if name.startswith(("text_embedding", "time_embedding")):
+                    module.weight = 0.02 * mx.random.normal((out_dim, in_dim))
+                else:
+                    bound = math.sqrt(6 / (in_dim + out_dim))
+                    module.weight = mx.random.uniform(-bound, bound, (out_dim, in_dim))
+                module.bias = mx.zeros((out_dim,))
+        patch = self.patch_embedding.weight
+        bound = math.sqrt(6 / (patch.shape[0] + patch.size // patch.shape[0]))
+        self.patch_embedding.weight = mx.random.uniform(-bound, bound, patch.shape)
+        self.head.head.weight = mx.zeros_like(self.head.head.weight)
