@@ -51,7 +51,7 @@ class DPMpp:
         return (1 - float(self.sigmas[i + 1])) * math.expm1(-h)
 
     def _slope_factor(self, i: int) -> float:
-        """1/r = h / h_before, so that D = (m0 - m1)/r; 0 at the first and the last step: first order there."""
+        """1/r = h / h_before, so that D = (m0 - m1)/r; 0 at the first and the last step, of first order."""
         if i == 0 or i == len(self.sigmas) - 2:
             return 0.0
         before, here, after = (log_snr(s) for s in self.sigmas[i - 1 : i + 2])
