@@ -1,0 +1,3 @@
+from mlx_wan.cli.main import door
+
+door("generate")

@@ -1,0 +1,147 @@
+"""`mlx-wan COMMAND ...`: finds the command, and turns every failure into one line and an exit code."""
+
+import argparse
+import contextlib
+import difflib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from importlib import import_module
+from types import ModuleType
+from typing import Any, NoReturn
+
+import mlx_wan
+from mlx_wan.errors import WanError
+
+# Each module offers add_parser(subparsers) -> parser, and run(args) -> exit code or None for 0. Importing one must
+# stay cheap: whatever is heavy is imported inside run.
+COMMANDS = {
+    "info": "mlx_wan.cli.info",
+}
+EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED, EXIT_BROKEN_PIPE = 1, 2, 130, 141
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with full flag names only, and errors of one line that suggest the flag that was meant."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+    def error(self, message: str) -> NoReturn:
+        unknown = message.removeprefix("unrecognized arguments: ").split()[0]
+        if message.startswith("unrecognized") and unknown.startswith("-"):
+            close = difflib.get_close_matches(unknown.split("=")[0], _flags(self), n=1)
+            message = f"unknown flag {unknown}" + (f", did you mean {close[0]}?" if close else "")
+        self.exit(EXIT_USAGE, f"error: {message} (see {self.prog} --help)\n")
+
+
+def door(command: str) -> NoReturn:
+    """What a script such as generate.py at the repository's root calls: the command with the script's arguments."""
+    sys.exit(main([command, *sys.argv[1:]]))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit code: 0 done, 1 failed, 2 the user's mistake, 130 Ctrl-C."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    try:
+        with _terminate_cleanly():
+            return _run(arguments)
+    except SystemExit as stop:  # argparse, for --help and usage errors
+        return stop.code if isinstance(stop.code, int) else EXIT_FAILED
+    except KeyboardInterrupt:
+        return _failed(EXIT_STOPPED, "stopped", debug)
+    except WanError as error:
+        return _failed(error.exit_code, f"error: {error}", debug)
+    except BrokenPipeError:  # the reader (`| head`) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
+    except MemoryError:
+        return _failed(EXIT_FAILED, "error: out of memory; try fewer frames or a smaller size", debug)
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        return _failed(EXIT_FAILED, f"error: {what} (add --debug to see where)", debug)
+
+
+def _run(arguments: list[str]) -> int:
+    parser, parsers, modules = _build()
+    name, rest = _split(arguments)
+    if name not in modules:
+        # No command, an unknown one, or -h: argparse knows what to say.
+        parser.parse_args([name, *rest] if name is not None else ["--help"])
+        return 0
+    known = {_plain(flag): flag for flag in _flags(parsers[name])}
+    args = parsers[name].parse_args([_official(token, known) for token in rest])
+    code = int(modules[name].run(args) or 0)
+    sys.stdout.flush()  # a closed pipe shows here, where it is handled, instead of at exit
+    return code
+
+
+def _build() -> tuple[Parser, dict[str, Parser], dict[str, ModuleType]]:
+    parser = Parser(prog="mlx-wan", description="Wan2.2 video generation and training on MLX")
+    parser.add_argument("--version", action="version", version=f"mlx-wan {mlx_wan.__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    modules = {name: import_module(module) for name, module in COMMANDS.items()}
+    parsers: dict[str, Parser] = {}
+    for name, module in modules.items():
+        parsers[name] = module.add_parser(commands)
+        if "--debug" not in _flags(parsers[name]):
+            parsers[name].add_argument("--debug", action="store_true", help="show tracebacks")
+    return parser, parsers, modules
+
+
+def _split(arguments: list[str]) -> tuple[str | None, list[str]]:
+    """The command and its arguments, without a lone `--` in front of either (older notes type one)."""
+    rest = arguments[1:] if arguments[:1] == ["--"] else arguments
+    if not rest:
+        return None, []
+    name, rest = rest[0], rest[1:]
+    return name, rest[1:] if rest[:1] == ["--"] else rest
+
+
+def _flags(parser: argparse.ArgumentParser) -> list[str]:
+    return [flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")]
+
+
+def _plain(flag: str) -> str:
+    return flag.replace("_", "-").lower()
+
+
+def _official(token: str, known: dict[str, str]) -> str:
+    """A flag as the parser spells it: `--sample-steps=4` and `--sample_steps=4` are the same."""
+    if not token.startswith("--"):
+        return token
+    flag, equals, value = token.partition("=")
+    return known.get(_plain(flag), flag) + equals + value
+
+
+@contextlib.contextmanager
+def _terminate_cleanly() -> Iterator[None]:
+    """Let SIGTERM unwind the stack like Ctrl-C, so that half-written files are removed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _failed(code: int, message: str, debug: bool) -> int:
+    if debug:
+        import traceback
+
+        traceback.print_exc()
+    print(" ".join(message.split()), file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
