@@ -1,0 +1,1 @@
+"""Training: the world that clips are drawn from, the objective, the trainer."""
