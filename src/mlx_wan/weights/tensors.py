@@ -1,0 +1,106 @@
+"""One tensor of a checkpoint file: what its header says, and how to fetch its values from the mapped file."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_wan.errors import CheckpointError
+
+# dtype name -> (bytes an element, NumPy type the bytes are read as or None, MLX type or None). NumPy has no
+# bfloat16, so its bits travel as uint16. MLX has float64 on the CPU alone: it becomes float32 on loading.
+# Types without a NumPy type are described, not loaded.
+DTYPES: dict[str, tuple[int, np.dtype | None, mx.Dtype | None]] = {
+    "bool": (1, np.dtype(np.bool_), mx.bool_),
+    "uint8": (1, np.dtype("<u1"), mx.uint8),
+    "int8": (1, np.dtype("<i1"), mx.int8),
+    "uint16": (2, np.dtype("<u2"), mx.uint16),
+    "int16": (2, np.dtype("<i2"), mx.int16),
+    "uint32": (4, np.dtype("<u4"), mx.uint32),
+    "int32": (4, np.dtype("<i4"), mx.int32),
+    "uint64": (8, np.dtype("<u8"), mx.uint64),
+    "int64": (8, np.dtype("<i8"), mx.int64),
+    "float16": (2, np.dtype("<f2"), mx.float16),
+    "bfloat16": (2, np.dtype("<u2"), mx.bfloat16),
+    "float32": (4, np.dtype("<f4"), mx.float32),
+    "float64": (8, np.dtype("<f8"), mx.float32),
+    "complex64": (8, np.dtype("<c8"), mx.complex64),
+    "float8_e4m3": (1, None, None),
+    "float8_e5m2": (1, None, None),
+    "float8_e8m0": (1, None, None),
+}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor known from its file's header; nothing is read before `load()`.
+
+    Attributes:
+        name: its name in the file.
+        shape: its dimensions.
+        dtype: a key of `DTYPES`.
+        nbytes: size of its values in bytes.
+        file: where it is.
+        load: reads the values. Raises CheckpointError for types that are only described (8-bit floats).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
+    file: Path
+    load: Callable[[], mx.array]
+
+
+def mapped_tensor(
+    name: str,
+    shape: tuple[int, ...],
+    dtype: str,
+    file: Path,
+    offset: int,
+    strides: tuple[int, ...] | None = None,
+) -> TensorInfo:
+    """A tensor whose little-endian values start at byte `offset` of `file`.
+
+    Args:
+        strides: in elements; None for row-major order without gaps. The caller has checked that they stay
+            in the file.
+    """
+    return TensorInfo(
+        name=name,
+        shape=shape,
+        dtype=dtype,
+        nbytes=math.prod(shape) * DTYPES[dtype][0],
+        file=file,
+        load=lambda: _read(name, shape, dtype, file, offset, strides),
+    )
+
+
+def _read(
+    name: str, shape: tuple[int, ...], dtype: str, file: Path, offset: int, strides: tuple[int, ...] | None
+) -> mx.array:
+    itemsize, numpy_dtype, mlx_dtype = DTYPES[dtype]
+    if numpy_dtype is None or mlx_dtype is None:
+        raise CheckpointError(
+            f"{file}: tensor {name} is stored as {dtype}, which cannot be loaded; use a bf16, fp16 or fp32 file"
+        )
+    if math.prod(shape) == 0:
+        return mx.zeros(shape, mlx_dtype)
+    strides = row_major(shape) if strides is None else strides
+    span = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+    try:
+        flat = np.memmap(file, numpy_dtype, mode="r", offset=offset, shape=(span,))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: cannot read tensor {name}: {error}") from error
+    steps = [s * itemsize for s in strides]
+    values = np.lib.stride_tricks.as_strided(flat, shape, steps, writeable=False)
+    array = mx.array(np.ascontiguousarray(values).reshape(shape))  # copies: the mapping ends here
+    return array.view(mlx_dtype) if dtype == "bfloat16" else array
+
+
+def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides, in elements, of an array without gaps whose last dimension runs fastest."""
+    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
