@@ -261,10 +261,19 @@ def peak_memory() -> int:
 
     if device_name() != "CPU":
         return int(mx.get_peak_memory())
-    import resource
+    return _peak_resident()
 
-    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes on macOS, KiB on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+def _peak_resident() -> int:
+    try:
+        # getrusage would do, but on Linux its maximum includes the parent process from before exec.
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(status.split("VmHWM:")[1].split()[0])
+    except (OSError, IndexError):
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB elsewhere
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 # --- facts ---------------------------------------------------------------------------------------------------
