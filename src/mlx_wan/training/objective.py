@@ -1,0 +1,86 @@
+"""What training minimises: the flow-matching loss of the transformer and the loss of the autoencoder.
+
+Functions of arrays only. Latents are normalised, shapes are channels last.
+"""
+
+import math
+
+import mlx.core as mx
+
+from mlx_wan.models.transformer import WanTransformer
+from mlx_wan.models.vae22 import FeatureCache, WanVAE22
+
+TRAIN_TIMESTEPS = 1000  # the model is given 1000 σ
+
+
+def shift_sigma(u: mx.array, shift: float) -> mx.array:
+    """Noise levels σ = s·u / (1 + (s − 1)·u) for u in [0, 1]; a larger shift s means more noise."""
+    return shift * u / (1 + (shift - 1) * u)
+
+
+def sample_sigmas(key: mx.array, batch: int, shift: float) -> mx.array:
+    """Noise levels (batch,), shifted from stratified uniform draws: one in each of `batch` equal intervals of u."""
+    jitter, order = mx.random.split(key)
+    u = (mx.arange(batch) + mx.random.uniform(shape=(batch,), key=jitter)) / batch
+    return shift_sigma(u[mx.random.permutation(batch, key=order)], shift)
+
+
+def add_noise(latents: mx.array, noise: mx.array, sigmas: mx.array) -> mx.array:
+    """x_σ = (1 − σ)·x0 + σ·ε for latents (B, t, h, w, C) and sigmas (B,) or (B, t)."""
+    sigmas = sigmas.reshape(*sigmas.shape, *([1] * (latents.ndim - sigmas.ndim)))
+    return (1 - sigmas) * latents + sigmas * noise
+
+
+def flow_loss(
+    transformer: WanTransformer,
+    latents: mx.array,
+    context: mx.array,
+    noise: mx.array,
+    sigmas: mx.array,
+    keep_first: mx.array,
+) -> mx.array:
+    """Mean squared error of the predicted velocity ε − x0, one value a sample (B,), float32.
+
+    Args:
+        latents: clean (B, t, h, w, C).
+        context: text embeddings (B, n, text_dim), zeros after the text.
+        noise: like latents.
+        sigmas: noise level of each sample (B,), in [0, 1].
+        keep_first: (B,) bool: image-to-video, whose first latent frame is clean, has timestep 0 and no part in
+            the loss, as in the official TI2V.
+    """
+    frames = latents.shape[1]
+    known = keep_first[:, None] & (mx.arange(frames) == 0)[None]  # (B, t)
+    per_frame = mx.where(known, 0.0, sigmas[:, None])
+    velocity = transformer(add_noise(latents, noise, per_frame), TRAIN_TIMESTEPS * per_frame, context)
+    error = mx.square(velocity - (noise - latents).astype(mx.float32)).mean(axis=(2, 3, 4))  # (B, t)
+    weight = (~known).astype(mx.float32)
+    return (error * weight).sum(axis=1) / weight.sum(axis=1)
+
+
+def autoencoder_loss(
+    vae: WanVAE22, video: mx.array, noise: mx.array, kl_weight: float, dtype: mx.Dtype
+) -> tuple[mx.array, dict[str, mx.array]]:
+    """Reconstruction of whole clips, and a pull of the latents towards unit Gaussians.
+
+    Args:
+        video: (B, T, H, W, 3) in [-1, 1], float32.
+        noise: Gaussian, of the latents' shape (B, t, h, w, z_dim): the latent drawn is mean + std·noise.
+        kl_weight: weight of the mean Kullback-Leibler divergence of a latent value.
+        dtype: what the convolutions compute in; their weights should have it too.
+
+    Returns:
+        loss (absolute + squared error + weighted divergence), and {"mse", "kl"}.
+    """
+    mean, log_variance = (a.astype(mx.float32) for a in vae.moments(video.astype(dtype), FeatureCache()))
+    log_variance = mx.clip(log_variance, -20, 10)
+    latents = mean + mx.exp(0.5 * log_variance) * noise
+    error = vae.pixels(latents.astype(dtype), FeatureCache()).astype(mx.float32) - video
+    kl = 0.5 * (mx.square(mean) + mx.exp(log_variance) - 1 - log_variance).mean()
+    mse = mx.square(error).mean()
+    return mx.abs(error).mean() + mse + kl_weight * kl, {"mse": mse, "kl": kl}
+
+
+def psnr(mse: float, peak: float = 2.0) -> float:
+    """Peak signal-to-noise ratio in dB; pixels in [-1, 1] have a peak-to-peak of 2."""
+    return math.inf if mse == 0 else 10 * math.log10(peak**2 / mse)

@@ -1,0 +1,319 @@
+"""How the embedded model is made: an autoencoder of drawn clips, then a transformer and text encoder on its latents.
+
+Clips and captions are drawn on the fly (scenes.py, captions.py). Each stage is described by a YAML recipe
+(recipes/tiny-vae.yaml, recipes/tiny.yaml) and runs through the same Trainer.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+from tokenizers import Tokenizer
+
+from mlx_wan.errors import CheckpointError, UserError
+from mlx_wan.models.transformer import FLOAT32_PARAMETERS, TransformerConfig, WanTransformer
+from mlx_wan.models.umt5 import TextEncoderConfig, UMT5Encoder
+from mlx_wan.models.vae22 import FeatureCache, VAEConfig, WanVAE22
+from mlx_wan.training.captions import build_tokenizer
+from mlx_wan.training.objective import autoencoder_loss, flow_loss, psnr, sample_sigmas
+from mlx_wan.training.scenes import render, sample_batch
+from mlx_wan.training.trainer import Batch, TrainConfig, Trainer
+
+PAD, EOS = 0, 1
+
+
+@dataclass(frozen=True)
+class Clips:
+    """Size of the drawn clips: frames are 4n + 1, sides in multiples of the autoencoder's stride."""
+
+    num_frames: int = 25
+    width: int = 128
+    height: int = 128
+
+
+@dataclass(frozen=True)
+class AutoencoderRecipe:
+    """Stage one. kl_weight: of the pull towards unit Gaussians, a mean over latent values."""
+
+    model: VAEConfig
+    train: TrainConfig
+    clips: Clips
+    kl_weight: float = 5e-5
+    validation_clips: int = 64
+
+
+@dataclass(frozen=True)
+class TransformerRecipe:
+    """Stage two.
+
+    pool: clips drawn and encoded once. captions: different captions of each. shift: of the noise levels (see
+    objective.py). caption_dropout: share of samples without a caption, for guidance. image_to_video: share of
+    samples whose first latent frame is given clean.
+    """
+
+    transformer: TransformerConfig
+    text_encoder: TextEncoderConfig
+    train: TrainConfig
+    clips: Clips
+    sampling: dict[str, Any]
+    pool: int = 65536
+    captions: int = 4
+    shift: float = 3.0
+    caption_dropout: float = 0.1
+    image_to_video: float = 0.25
+    validation_clips: int = 512
+
+
+def build(cls: type, values: dict[str, Any], where: str) -> Any:
+    """The dataclass `cls` of plain `values`; UserError names an unknown or missing key and `where` it stood."""
+    known = {field.name: field for field in fields(cls)}
+    unknown = sorted(values.keys() - known.keys())
+    if unknown:
+        raise UserError(f"{where}: unknown key {unknown[0]!r}; known are {', '.join(sorted(known))}")
+    values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+    try:
+        return cls(**values)
+    except TypeError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+class TextToVideo(nn.Module):
+    """The two parts that stage two trains together."""
+
+    def __init__(self, recipe: TransformerRecipe):
+        super().__init__()
+        self.transformer = WanTransformer(recipe.transformer, recipe.train.dtype)
+        self.text_encoder = UMT5Encoder(recipe.text_encoder)
+        self.transformer.init_weights()
+        self.text_encoder.init_weights()
+
+    def encode_text(self, ids: mx.array) -> mx.array:
+        """(B, L) ids -> (B, L, text_dim), zeros after the text, as the pipeline pads it."""
+        mask = ids != PAD
+        return self.text_encoder(ids, mask) * mask[..., None]
+
+
+# --- stage one -------------------------------------------------------------------------------------------------------
+
+
+def draw(params: mx.array, clips: Clips) -> mx.array:
+    """The clips (B, T, H, W, 3) of scene parameters."""
+    return render(params, clips.num_frames, clips.height, clips.width)
+
+
+def reconstruction_mse(vae: WanVAE22, video: mx.array) -> mx.array:
+    """Mean squared error of each clip (B,) after encoding and decoding, pixels in [-1, 1]."""
+    mean, _ = vae.moments(video, FeatureCache())
+    back = mx.clip(vae.pixels(mean, FeatureCache()), -1, 1)
+    return mx.square(back - video).mean(axis=(1, 2, 3, 4))
+
+
+def autoencoder_trainer(recipe: AutoencoderRecipe, folder: Path) -> tuple[Trainer, Callable, Callable]:
+    """(trainer, batch_at, evaluate) of stage one."""
+    config, clips = recipe.train, recipe.clips
+    mx.random.seed(config.seed)
+    vae = WanVAE22(recipe.model)
+    stride_t, stride_h, stride_w = recipe.model.stride
+    latent_shape = (
+        config.batch_size,
+        1 + (clips.num_frames - 1) // stride_t,
+        clips.height // stride_h,
+        clips.width // stride_w,
+        recipe.model.z_dim,
+    )
+
+    def loss(model: nn.Module, batch: Batch, key: mx.array):
+        video = draw(batch["scenes"], clips)
+        noise = mx.random.normal(latent_shape, key=key)
+        return autoencoder_loss(model, video, noise, recipe.kl_weight, config.dtype)  # type: ignore[arg-type]
+
+    def batch_at(step: int) -> Batch:
+        rng = np.random.default_rng([config.seed, step])
+        return {"scenes": mx.array(sample_batch(rng, config.batch_size, held_out=False)[1])}
+
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        _, scenes, _ = sample_batch(np.random.default_rng(1_000_000), recipe.validation_clips, held_out=True)
+        values: list[float] = []
+        for params in np.split(scenes, range(8, len(scenes), 8)):
+            mse = reconstruction_mse(model, draw(mx.array(params), clips))  # type: ignore[arg-type]
+            values += mse.tolist()  # type: ignore[arg-type]
+        scores = [psnr(v) for v in values]
+        return {"val_psnr": sum(scores) / len(scores), "val_psnr_min": min(scores)}
+
+    return Trainer(vae, loss, config, folder), batch_at, evaluate
+
+
+def latent_statistics(vae: WanVAE22, clips: Clips, count: int = 2048, batch: int = 64) -> tuple[list, list]:
+    """Mean and standard deviation of each latent channel over `count` drawn clips."""
+    rng = np.random.default_rng(2_000_000)
+    means, squares = [], []
+    for _ in range(max(1, count // batch)):
+        mean, _ = vae.moments(draw(mx.array(sample_batch(rng, batch, held_out=False)[1]), clips), FeatureCache())
+        means.append(mean.mean(axis=(0, 1, 2, 3)))
+        squares.append(mx.square(mean).mean(axis=(0, 1, 2, 3)))
+        mx.eval(means[-1], squares[-1])
+    mean = sum(means) / len(means)
+    std = mx.sqrt(sum(squares) / len(squares) - mx.square(mean))
+    return mean.tolist(), std.tolist()  # type: ignore[union-attr]
+
+
+def save_autoencoder(vae: WanVAE22, folder: Path) -> None:
+    """vae.safetensors and vae.json, its configuration; the second is written last."""
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / ".vae.partial.safetensors"
+    mx.save_safetensors(str(partial), dict(tree_flatten(vae.parameters())))
+    partial.replace(folder / "vae.safetensors")
+    (folder / ".vae.json").write_text(json.dumps(asdict(vae.config), indent=2) + "\n")
+    (folder / ".vae.json").replace(folder / "vae.json")
+
+
+def load_autoencoder(folder: Path) -> WanVAE22:
+    """What `save_autoencoder` wrote."""
+    if not (folder / "vae.json").exists():
+        raise UserError(f"{folder} has no vae.json: train the autoencoder first (recipes/tiny-vae.yaml)")
+    vae = WanVAE22(build(VAEConfig, json.loads((folder / "vae.json").read_text()), str(folder / "vae.json")))
+    try:
+        vae.load_weights(str(folder / "vae.safetensors"), strict=True)
+    except (ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{folder / 'vae.safetensors'}: {error}") from None
+    mx.eval(vae.parameters())
+    return vae
+
+
+def train_autoencoder(recipe: AutoencoderRecipe, folder: Path, resume: bool, report: Callable) -> Path:
+    """Stage one, whole; returns the folder of the finished autoencoder."""
+    trainer, batch_at, evaluate = autoencoder_trainer(recipe, folder)
+    if resume:
+        trainer.resume()
+    trainer.fit(batch_at, evaluate, report)
+    vae: WanVAE22 = trainer.model  # type: ignore[assignment]
+    vae.update(trainer.ema["weights"])
+    mean, std = latent_statistics(vae, recipe.clips)
+    vae.config = replace(recipe.model, latents_mean=tuple(mean), latents_std=tuple(std))
+    save_autoencoder(vae, folder / "vae")
+    return folder / "vae"
+
+
+# --- stage two -------------------------------------------------------------------------------------------------------
+
+
+def tokenise(tokenizer: Tokenizer, captions: list[str], length: int) -> np.ndarray:
+    """Token ids (n, length), int32, zeros after the text; a caption that is too long is an error."""
+    ids = np.full((len(captions), length), PAD, np.int32)
+    for row, encoding in zip(ids, tokenizer.encode_batch(captions), strict=True):
+        if len(encoding.ids) > length:
+            raise UserError(f"a caption has {len(encoding.ids)} tokens; text_len is {length}")
+        row[: len(encoding.ids)] = encoding.ids
+    return ids
+
+
+def encode_pool(
+    vae: WanVAE22, tokenizer: Tokenizer, recipe: TransformerRecipe, seed: int, count: int, held_out: bool
+) -> tuple[mx.array, np.ndarray]:
+    """Latents (count, t, h, w, C), float16, and token ids (count, captions, text_len) of freshly drawn clips."""
+    from mlx_wan.training.captions import caption
+
+    latents, texts, done, batch = [], [], 0, min(count, 128)
+    compiled = mx.compile(lambda params: _encode(vae, params, recipe.clips))
+    import random
+
+    draw_words = random.Random(seed)
+    rng = np.random.default_rng([seed, int(held_out)])
+    while done < count:
+        scenes, params, first = sample_batch(rng, batch, held_out=held_out)
+        latents.append(compiled(mx.array(params)))
+        mx.async_eval(latents[-1])
+        texts += [[one] + [caption(s, draw_words) for _ in range(recipe.captions - 1)] for s, one in zip(scenes, first)]
+        done += batch
+    ids = tokenise(tokenizer, [text for group in texts for text in group], recipe.transformer.text_len)
+    pool = mx.concatenate(latents)[:count]
+    mx.eval(pool)
+    return pool, ids.reshape(-1, recipe.captions, ids.shape[1])[:count]
+
+
+def _encode(vae: WanVAE22, params: mx.array, clips: Clips) -> mx.array:
+    mean, _ = vae.moments(draw(params, clips), FeatureCache())
+    return vae.normalise(mean).astype(mx.float16)
+
+
+def transformer_trainer(
+    recipe: TransformerRecipe, vae: WanVAE22, tokenizer: Tokenizer, folder: Path
+) -> tuple[Trainer, Callable, Callable]:
+    """(trainer, batch_at, evaluate) of stage two."""
+    config, text_len = recipe.train, recipe.transformer.text_len
+    mx.random.seed(config.seed)
+    model = TextToVideo(recipe)
+    pool, pool_ids = encode_pool(vae, tokenizer, recipe, config.seed, recipe.pool, held_out=False)
+    empty = tokenise(tokenizer, [""], text_len)[0]
+
+    def losses(model: Any, batch: Batch, key: mx.array) -> mx.array:
+        latents = batch["latents"].astype(mx.float32)
+        noise_key, sigma_key = mx.random.split(key)
+        noise = mx.random.normal(latents.shape, key=noise_key)
+        sigmas = sample_sigmas(sigma_key, latents.shape[0], recipe.shift)
+        context = model.encode_text(batch["ids"])
+        return flow_loss(model.transformer, latents, context, noise, sigmas, batch["keep_first"])
+
+    def loss(model: nn.Module, batch: Batch, key: mx.array):
+        return losses(model, batch, key).mean(), {}
+
+    def batch_at(step: int) -> Batch:
+        rng = np.random.default_rng([config.seed, step])
+        index = rng.integers(len(pool_ids), size=config.batch_size)
+        ids = pool_ids[index, rng.integers(recipe.captions, size=config.batch_size)]
+        ids = np.where(rng.random((config.batch_size, 1)) < recipe.caption_dropout, empty, ids)
+        keep_first = rng.random(config.batch_size) < recipe.image_to_video
+        return {"latents": pool[mx.array(index)], "ids": mx.array(ids), "keep_first": mx.array(keep_first)}
+
+    val_pool, val_ids = encode_pool(vae, tokenizer, recipe, 3_000_000, recipe.validation_clips, held_out=True)
+    size = min(config.batch_size, recipe.validation_clips)
+
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        values = []
+        for start in range(0, recipe.validation_clips - size + 1, size):
+            part = slice(start, start + size)
+            batch = {
+                "latents": val_pool[part],
+                "ids": mx.array(val_ids[part, 0]),
+                "keep_first": mx.array(np.arange(size) % 4 == 0),
+            }
+            values.append(losses(model, batch, mx.random.key(start)).mean().item())
+        return {"val_loss": sum(values) / len(values)}
+
+    trainer = Trainer(model, loss, config, folder, ("text_encoder.", *FLOAT32_PARAMETERS))
+    return trainer, batch_at, evaluate
+
+
+def train_transformer(recipe: TransformerRecipe, vae_folder: Path, folder: Path, resume: bool, report: Callable) -> Path:
+    """Stage two, whole; returns the folder of the finished model in the native layout."""
+    vae, tokenizer = load_autoencoder(vae_folder), build_tokenizer()
+    trainer, batch_at, evaluate = transformer_trainer(recipe, vae, tokenizer, folder)
+    if resume:
+        trainer.resume()
+    trainer.fit(batch_at, evaluate, report)
+    trainer.model.update(trainer.ema["weights"])
+    return export(trainer.model, vae, tokenizer, recipe, folder / "model")  # type: ignore[arg-type]
+
+
+def export(model: TextToVideo, vae: WanVAE22, tokenizer: Tokenizer, recipe: TransformerRecipe, folder: Path) -> Path:
+    """Writes the parts as a bfloat16 checkpoint in the native layout."""
+    from mlx_wan.weights.save import save_native
+
+    save_native(
+        folder,
+        model="tiny",
+        transformer=model.transformer,
+        text_encoder=model.text_encoder,
+        vae=vae,
+        tokenizer_json=tokenizer.to_str(pretty=True),
+        sampling=recipe.sampling,
+        dtype=mx.bfloat16,
+        max_shard_bytes=14_000_000,
+    )
+    return folder

@@ -1,0 +1,247 @@
+"""The training loop: a loss and batches in, a trained model, its states on disk and a log of numbers out.
+
+Weights, gradients and optimizer are float32; the loss sees weights cast to the compute dtype. Batch and random key of
+a step follow from the seed and the step alone, so a run that was interrupted goes on exactly as if it had not been.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+from mlx.utils import tree_map, tree_map_with_path
+
+from mlx_wan.errors import UserError, WanError
+from mlx_wan.training.checkpoint import check_matches, load_state, newest_state, save_state
+
+Batch = dict[str, mx.array]
+Loss = Callable[[nn.Module, Batch, mx.array], tuple[mx.array, dict[str, mx.array]]]
+
+_DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train.
+
+    steps: optimizer steps in all. learning_rate: after `warmup_steps` of linear rise; a cosine takes it to zero at
+    `steps`. optimizer: "adamw", or "muon" for matrices with AdamW for the rest. grad_clip: largest gradient norm.
+    ema_decay: of the exponential moving average of the weights, which is what gets exported. compute_dtype: of
+    weights and activations inside the loss. *_every: in steps. keep: how many states stay on disk.
+    """
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    warmup_steps: int = 100
+    optimizer: str = "adamw"
+    muon_learning_rate: float = 0.02
+    weight_decay: float = 0.01
+    beta2: float = 0.99
+    grad_clip: float = 1.0
+    ema_decay: float = 0.999
+    seed: int = 0
+    compute_dtype: str = "float32"
+    report_every: int = 50
+    eval_every: int = 500
+    save_every: int = 1000
+    keep: int = 2
+    compile: bool = True
+
+    def __post_init__(self) -> None:
+        if self.compute_dtype not in _DTYPES:
+            raise UserError(f"compute_dtype is {self.compute_dtype!r}; choose one of {', '.join(_DTYPES)}")
+        if self.optimizer not in ("adamw", "muon"):
+            raise UserError(f"optimizer is {self.optimizer!r}; choose adamw or muon")
+        for name in ("steps", "batch_size", "report_every", "eval_every", "save_every", "keep"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        return _DTYPES[self.compute_dtype]
+
+
+def warmup_cosine(peak: float, warmup: int, steps: int) -> Callable[[mx.array], mx.array]:
+    """Learning rate of a step: rises linearly to `peak`, then falls to 0 along a cosine."""
+    decay = optim.cosine_decay(peak, max(1, steps - warmup), 0.0)
+    return optim.join_schedules([optim.linear_schedule(peak / max(1, warmup), peak, warmup), decay], [warmup])
+
+
+def make_optimizer(config: TrainConfig) -> optim.Optimizer:
+    """AdamW with bias correction (MLX leaves it off by default), alone or for what Muon does not take."""
+    adamw = optim.AdamW(
+        warmup_cosine(config.learning_rate, config.warmup_steps, config.steps),
+        betas=[0.9, config.beta2],
+        weight_decay=config.weight_decay,
+        bias_correction=True,
+    )
+    if config.optimizer == "adamw":
+        return adamw
+    muon = optim.Muon(
+        warmup_cosine(config.muon_learning_rate, config.warmup_steps, config.steps), weight_decay=config.weight_decay
+    )
+    return optim.MultiOptimizer([muon, adamw], [_is_hidden_matrix])
+
+
+def _is_hidden_matrix(name: str, weight: mx.array) -> bool:
+    # Muon orthogonalises the update of matrices inside the blocks; embeddings, heads, norms and biases are AdamW's.
+    return weight.ndim == 2 and "blocks." in name and "embedding" not in name
+
+
+def in_compute_dtype(model: nn.Module, loss: Loss, dtype: mx.Dtype, float32: tuple[str, ...]) -> Loss:
+    """`loss` with the model's weights cast to `dtype` meanwhile, except those whose name has a part of `float32`.
+
+    The casts are part of the graph, so gradients reach the float32 weights as float32.
+    """
+    if dtype == mx.float32:
+        return loss
+
+    def cast(name: str, weight: mx.array) -> mx.array:
+        return weight if any(part in name for part in float32) else weight.astype(dtype)
+
+    def wrapped(model: nn.Module, batch: Batch, key: mx.array):
+        masters = model.trainable_parameters()
+        model.update(tree_map_with_path(cast, masters))
+        try:
+            return loss(model, batch, key)
+        finally:
+            model.update(masters)
+
+    return wrapped
+
+
+class Trainer:
+    """Trains `model` in place.
+
+    Args:
+        model: float32 weights.
+        loss: (model, batch, key) -> (scalar, {name: scalar}); pure in its arrays.
+        config: how.
+        folder: where states and `log.jsonl` go.
+        float32: parts of names of parameters that the compute dtype leaves alone.
+    """
+
+    def __init__(
+        self, model: nn.Module, loss: Loss, config: TrainConfig, folder: Path, float32: tuple[str, ...] = ()
+    ):
+        self.model, self.config, self.folder = model, config, folder
+        self.optimizer = make_optimizer(config)
+        self.optimizer.init(model.trainable_parameters())
+        self.ema = {"weights": tree_map(lambda a: a + 0, model.trainable_parameters())}
+        self.step = 0
+        self._value_and_grad = nn.value_and_grad(model, in_compute_dtype(model, loss, config.dtype, float32))
+        arrays = [model.state, self.optimizer.state, self.ema]
+        mx.eval(arrays)
+        self._update = partial(mx.compile, inputs=arrays, outputs=arrays)(self._step) if config.compile else self._step
+
+    def _step(self, batch: Batch, key: mx.array) -> dict[str, mx.array]:
+        (loss, parts), grads = self._value_and_grad(self.model, batch, key)
+        grads, norm = optim.clip_grad_norm(grads, self.config.grad_clip)
+        self.optimizer.update(self.model, grads)
+        decay = self.config.ema_decay
+        self.ema["weights"] = tree_map(
+            lambda e, w: decay * e + (1 - decay) * w, self.ema["weights"], self.model.trainable_parameters()
+        )
+        return {"loss": loss, "grad_norm": norm, **parts}
+
+    def state(self) -> dict[str, Any]:
+        """All that a later run needs to go on."""
+        return {
+            "model": self.model.trainable_parameters(),
+            "optimizer": self.optimizer.state,
+            "ema": self.ema["weights"],
+        }
+
+    def resume(self) -> bool:
+        """Takes up the newest whole state in the folder; False if there is none."""
+        path = newest_state(self.folder)
+        if path is None:
+            return False
+        step, state = load_state(path)
+        check_matches(state, self.state(), path)
+        self.model.update(state["model"])
+        self.optimizer.state = state["optimizer"]
+        self.ema["weights"] = state["ema"]
+        self.step = step
+        # The compiled step holds on to the trees it was made with: make it again over the loaded ones.
+        arrays = [self.model.state, self.optimizer.state, self.ema]
+        if self.config.compile:
+            self._update = partial(mx.compile, inputs=arrays, outputs=arrays)(self._step)
+        return True
+
+    def save(self) -> Path:
+        """Writes the state of this moment."""
+        return save_state(self.folder, self.step, self.state(), self.config.keep)
+
+    def fit(
+        self,
+        batch_at: Callable[[int], Batch],
+        evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
+        report: Callable[[dict[str, float]], None] = lambda row: None,
+    ) -> None:
+        """Runs from the current step to the last.
+
+        batch_at: the batch of a step; the same step must give the same batch. evaluate: numbers of the averaged
+        model, every `eval_every` steps and at the end. report: gets each row that goes to the log. An interrupt
+        (KeyboardInterrupt) writes a state before it goes on up. A loss that is not finite stops with the states
+        of before kept.
+        """
+        config = self.config
+        since, started = self.step, time.perf_counter()
+        try:
+            while self.step < config.steps:
+                batch = batch_at(self.step)
+                key = mx.random.key(config.seed * 1_000_003 + self.step)
+                numbers = self._update(batch, key)
+                mx.async_eval(numbers, self.model.state, self.optimizer.state, self.ema)
+                self.step += 1
+                if self.step % config.report_every == 0 or self.step == config.steps:
+                    row = {name: value.item() for name, value in numbers.items()}
+                    self._require_finite(row)
+                    elapsed = time.perf_counter() - started
+                    row["steps_per_s"] = (self.step - since) / elapsed
+                    row["peak_gib"] = mx.get_peak_memory() / 2**30
+                    self._log(row, report)
+                    since, started = self.step, time.perf_counter()
+                if evaluate and (self.step % config.eval_every == 0 or self.step == config.steps):
+                    self._log(self.with_averaged_weights(evaluate), report)
+                    since, started = self.step, time.perf_counter()
+                if self.step % config.save_every == 0 or self.step == config.steps:
+                    self.save()
+        except KeyboardInterrupt:
+            mx.eval(self.model.state, self.optimizer.state, self.ema)
+            self.save()
+            raise
+
+    def with_averaged_weights(self, function: Callable[[nn.Module], Any]) -> Any:
+        """function(model) while the model holds the moving average of its weights."""
+        weights = self.model.trainable_parameters()
+        self.model.update(self.ema["weights"])
+        try:
+            return function(self.model)
+        finally:
+            self.model.update(weights)
+
+    def _require_finite(self, row: dict[str, float]) -> None:
+        bad = [name for name, value in row.items() if not math.isfinite(value)]
+        if bad:
+            last = newest_state(self.folder)
+            raise WanError(
+                f"{bad[0]} is {row[bad[0]]} at step {self.step}: training stopped; the last good state is "
+                f"{last or 'none'}; lower the learning rate or use compute_dtype float32"
+            )
+
+    def _log(self, row: dict[str, float], report: Callable[[dict[str, float]], None]) -> None:
+        row = {"step": self.step, **row}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / "log.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        report(row)
