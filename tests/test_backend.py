@@ -109,15 +109,15 @@ def test_no_library_at_all_gives_the_hint_and_no_warning(monkeypatch):
 @pytest.mark.parametrize(
     ("platform", "installed", "setting", "reason"),
     [
-        ("darwin", {}, "auto", "system's BLAS"),
-        ("linux", {"mlx-cuda-13": "1"}, "auto", "CUDA"),
-        ("linux", {"mlx-cpu": "1"}, "None", "MLX_WAN_BLAS=none"),
-        ("linux", {"mlx-cpu": "1"}, "auto", "imported before"),  # this test process has mlx.core already
+        ("darwin", None, "auto", "system's BLAS"),
+        ("linux", "mlx-cuda-13", "auto", "CUDA"),
+        ("linux", "mlx-cpu", "None", "MLX_WAN_BLAS=none"),
+        ("linux", "mlx-cpu", "auto", "imported before"),  # this test process has mlx.core already
     ],
 )
 def test_when_mlx_keeps_its_own_blas(monkeypatch, platform, installed, setting, reason):
     monkeypatch.setattr(backend.sys, "platform", platform)
-    monkeypatch.setattr(backend, "wheels", lambda: installed)
+    monkeypatch.setattr(backend, "active_wheel", lambda: installed)
     state = backend._choose_blas(setting)
     assert state.library is None
     assert reason in state.reason
@@ -162,12 +162,25 @@ def test_a_setting_that_names_no_library_fails_at_first_use_not_at_import():
     assert "UserError: MLX_WAN_BLAS=/no/such.so:" in result.stderr
 
 
+def fake_wheel(folder, name, version, library_size):
+    info = folder / f"{name}-{version}.dist-info"
+    info.mkdir()
+    (info / "RECORD").write_text(f"mlx/lib/libmlx.so,sha256=x,{library_size}\n{info.name}/RECORD,,\n")
+
+
 def test_wheels_are_found_and_a_clash_names_the_remedy(tmp_path, monkeypatch):
-    (tmp_path / "mlx_cpu-0.32.4.dist-info").mkdir()
     monkeypatch.setattr(backend.sys, "path", [str(tmp_path)])
+    assert backend.active_wheel() is None
+    fake_wheel(tmp_path, "mlx_cpu", "0.32.4", library_size=10)
     assert backend.wheels() == {"mlx-cpu": "0.32.4"}
+    assert backend.active_wheel() == "mlx-cpu"
     assert backend.wheel_conflict() is None
-    (tmp_path / "mlx_cuda_13-0.32.5.dist-info").mkdir()
+
+    fake_wheel(tmp_path, "mlx_cuda_13", "0.32.5", library_size=20)
+    (tmp_path / "mlx/lib").mkdir(parents=True)
+    for size, active in ((10, "mlx-cpu"), (20, "mlx-cuda-13"), (30, None)):
+        (tmp_path / "mlx/lib/libmlx.so").write_bytes(bytes(size))
+        assert backend.active_wheel() == active
     remedy = backend.wheel_conflict()
     assert remedy is not None
     assert "uv pip uninstall mlx-cpu mlx-cuda-13" in remedy

@@ -31,6 +31,7 @@ BLAS_HINT = (
 # Fedora's libopenblas.so.0 is single-threaded, so the threaded names come first.
 _SONAMES = ("libopenblasp.so.0", "libopenblaso.so.0", "libopenblas.so.0", "libopenblas.so")
 _WHEELS = ("mlx-cpu", "mlx-cuda-13", "mlx-cuda-12")
+_SHARED_LIBRARY = "mlx/lib/libmlx.so"
 _ROW_MAJOR, _NO_TRANSPOSE, _TRANSPOSE = 101, 111, 112
 
 
@@ -68,8 +69,8 @@ def check_setting() -> None:
 def _choose_blas(setting: str) -> BlasState:
     if sys.platform != "linux":
         return BlasState(None, "MLX uses the system's BLAS")
-    if any(name.startswith("mlx-cuda") for name in wheels()):
-        return BlasState(None, "a CUDA build of MLX is installed")
+    if (active_wheel() or "").startswith("mlx-cuda"):
+        return BlasState(None, "MLX is a CUDA build")
     if setting.lower() == "none":
         return BlasState(None, f"{BLAS_VARIABLE}=none")
     if "mlx.core" in sys.modules:
@@ -189,13 +190,21 @@ def _warn(message: str) -> None:
 
 def wheels() -> dict[str, str]:
     """The MLX backend wheels installed, as {name: version}; Linux needs exactly one of them."""
-    found = {}
-    for name in _WHEELS:
-        pattern = f"{name.replace('-', '_')}-*.dist-info"
-        for folder in sys.path:
-            for info in Path(folder or ".").glob(pattern):
-                found.setdefault(name, info.name.removesuffix(".dist-info").split("-")[1])
-    return found
+    return {name: info.name.removesuffix(".dist-info").split("-")[1] for name, info in _wheel_records().items()}
+
+
+def active_wheel() -> str | None:
+    """The wheel whose library is really there: of two installed, one has overwritten the other's. None: unknown."""
+    records = _wheel_records()
+    if len(records) < 2:
+        return next(iter(records), None)
+    for name, info in records.items():
+        lines = (info / "RECORD").read_text().splitlines() if (info / "RECORD").is_file() else []
+        sizes = [line.rsplit(",", 1)[1] for line in lines if line.startswith(f"{_SHARED_LIBRARY},")]
+        library = info.parent / _SHARED_LIBRARY
+        if sizes and library.is_file() and str(library.stat().st_size) == sizes[0]:
+            return name
+    return None
 
 
 def wheel_conflict() -> str | None:
@@ -204,12 +213,22 @@ def wheel_conflict() -> str | None:
     if len(installed) < 2:
         return None
     cuda = next(name for name in installed if name.startswith("mlx-cuda"))
-    names = " and ".join(installed)
+    names, both = " and ".join(installed), " ".join(installed)
     return (
-        f"{names} are both installed and share one file, mlx/lib/libmlx.so; keep one: "
-        f"`uv pip uninstall {' '.join(installed)}`, then `uv pip install {cuda}=={installed[cuda]}` for the GPU "
+        f"{names} are both installed, and both own {_SHARED_LIBRARY} (now {active_wheel() or 'of unknown origin'}); "
+        f"keep one: `uv pip uninstall {both}`, then `uv pip install {cuda}=={installed[cuda]}` for the GPU "
         f"or `uv pip install mlx-cpu=={installed[cuda]}` for the CPU"
     )
+
+
+def _wheel_records() -> dict[str, Path]:
+    """The .dist-info folder of each backend wheel; found by name, since importlib.metadata is slow to import."""
+    found: dict[str, Path] = {}
+    for name in _WHEELS:
+        for folder in sys.path:
+            for info in Path(folder or ".").glob(f"{name.replace('-', '_')}-*.dist-info"):
+                found.setdefault(name, info)
+    return found
 
 
 # --- the device ----------------------------------------------------------------------------------------------
