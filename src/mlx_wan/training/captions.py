@@ -148,9 +148,14 @@ def _finish(text: str, rng: random.Random) -> str:
     return text + "." if rng.random() < 0.3 else text
 
 
+def names_background(text: str, scene: Scene) -> bool:
+    """Whether a caption of the scene names its background."""
+    return any(word in text.lower() for word in _COLOUR_WORDS.get(scene.background, (scene.background,)))
+
+
 def heldout_prompts(n: int = 200, seed: int = 0) -> list[tuple[str, Scene]]:
     """n (prompt, scene) pairs whose (colour, shape, motion) triples training never shows: three in four with one
-    object, the rest with two, every triple about equally often. Deterministic in seed."""
+    object, the rest with two. Deterministic in seed."""
     rng = random.Random(seed)
     found = []
     for i in range(n):
