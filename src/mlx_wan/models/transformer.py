@@ -45,16 +45,17 @@ def timestep_embedding(timesteps: mx.array, dim: int) -> mx.array:
     """Sinusoidal features of `timesteps` (in 0..1000), shape (..., dim), float32: cosines, then sines.
 
     The reference computes the angles in float64, which GPUs lack. Here the frequency, in turns, is split into a
-    12-bit head, whose product with a whole timestep is exact in float32, and a small tail; dropping the whole
-    turns of the head's product first keeps the angle good to about 1e-7.
+    12-bit head, whose product with the timestep's whole part is exact in float32, and a small tail; dropping the
+    whole turns of that product first keeps the angle good to a few 1e-7.
     """
     half = dim // 2
     turns_per_step = ROPE_THETA ** -(np.arange(half, dtype=np.float64) / half) / (2 * np.pi)
     head = (turns_per_step.astype(np.float32).view(np.uint32) & 0xFFFFF000).view(np.float32)
     tail = (turns_per_step - head).astype(np.float32)
     t = timesteps.astype(mx.float32)[..., None]
-    turns = t * mx.array(head)
-    turns = turns - mx.round(turns)
+    whole = mx.floor(t)
+    turns = whole * mx.array(head)
+    turns = turns - mx.round(turns) + (t - whole) * mx.array(head)
     angle = 2 * math.pi * (turns + t * mx.array(tail))
     return mx.concatenate([mx.cos(angle), mx.sin(angle)], axis=-1)
 

@@ -16,9 +16,6 @@ import mlx.nn as nn
 
 from .layers import run_layers
 
-# The first 2×2 pixels become channels before the encoder and are taken apart after the decoder.
-PIXEL_PATCH = 2
-
 
 @dataclass(frozen=True)
 class VAEConfig:
@@ -26,6 +23,7 @@ class VAEConfig:
 
     dim, dec_dim: base width of encoder and decoder. dim_mult: width of each stage over the base.
     temporal_downsample: which of the strided stages halve time too (the others only space).
+    patch_size: side of the squares of pixels that become channels before the encoder.
     latents_mean, latents_std: per channel (z_dim); latents leave the encoder as (mean − latents_mean) / latents_std.
     """
 
@@ -35,13 +33,14 @@ class VAEConfig:
     dim_mult: tuple[int, ...] = (1, 2, 4, 4)
     num_res_blocks: int = 2
     temporal_downsample: tuple[bool, ...] = (False, True, True)
+    patch_size: int = 2
     latents_mean: tuple[float, ...] = ()
     latents_std: tuple[float, ...] = ()
 
     @property
     def stride(self) -> tuple[int, int, int]:
         """Frames, rows and columns of video for one latent; (4, 16, 16) for the released model."""
-        space = PIXEL_PATCH * 2 ** (len(self.dim_mult) - 1)
+        space = self.patch_size * 2 ** (len(self.dim_mult) - 1)
         return 2 ** sum(self.temporal_downsample), space, space
 
 
@@ -76,7 +75,8 @@ class RMSNorm(nn.Module):
         self.gamma = mx.ones((dim,))
 
     def __call__(self, x: mx.array) -> mx.array:
-        return mx.fast.rms_norm(x, self.gamma, 1e-12)
+        # The reference guards only against a length of 0, by max(length, 1e-12): eps must vanish beside all others.
+        return mx.fast.rms_norm(x, self.gamma, 1e-24)
 
 
 class CausalConv3d(nn.Module):
@@ -268,7 +268,7 @@ class Encoder(nn.Module):
         dims = [config.dim * m for m in (1, *config.dim_mult)]
         last = len(dims) - 2
         temporal = (*config.temporal_downsample, False)
-        self.conv1 = CausalConv3d(3 * PIXEL_PATCH**2, dims[0], (3, 3, 3))
+        self.conv1 = CausalConv3d(3 * config.patch_size**2, dims[0], (3, 3, 3))
         self.downsamples = [
             DownStage(a, b, config.num_res_blocks, i != last, temporal[i]) for i, (a, b) in enumerate(pairwise(dims))
         ]
@@ -293,7 +293,7 @@ class Decoder(nn.Module):
         self.upsamples = [
             UpStage(a, b, config.num_res_blocks + 1, i != last, temporal[i]) for i, (a, b) in enumerate(pairwise(dims))
         ]
-        self.head = [RMSNorm(dims[-1]), nn.SiLU(), CausalConv3d(dims[-1], 3 * PIXEL_PATCH**2, (3, 3, 3))]
+        self.head = [RMSNorm(dims[-1]), nn.SiLU(), CausalConv3d(dims[-1], 3 * config.patch_size**2, (3, 3, 3))]
 
     def __call__(self, x: mx.array, cache: FeatureCache) -> mx.array:
         x = run_cached(self.middle, self.conv1(x, cache), cache)
@@ -302,18 +302,16 @@ class Decoder(nn.Module):
         return run_cached(self.head, x, cache)
 
 
-def fold_pixels(video: mx.array) -> mx.array:
-    """(B, T, H, W, 3) -> (B, T, H/2, W/2, 12); of the new channels colour varies slowest, then column, then row."""
+def fold_pixels(video: mx.array, p: int) -> mx.array:
+    """(B, T, H, W, 3) -> (B, T, H/p, W/p, 3p²); of the new channels colour varies slowest, then column, then row."""
     b, t, h, w, c = video.shape
-    p = PIXEL_PATCH
     x = video.reshape(b, t, h // p, p, w // p, p, c).transpose(0, 1, 2, 4, 6, 5, 3)
     return x.reshape(b, t, h // p, w // p, c * p * p)
 
 
-def unfold_pixels(x: mx.array) -> mx.array:
+def unfold_pixels(x: mx.array, p: int) -> mx.array:
     """The way back of `fold_pixels`."""
     b, t, h, w, c = x.shape
-    p = PIXEL_PATCH
     x = x.reshape(b, t, h, w, c // (p * p), p, p).transpose(0, 1, 2, 6, 3, 5, 4)
     return x.reshape(b, t, h * p, w * p, c // (p * p))
 
@@ -334,7 +332,7 @@ class WanVAE22(nn.Module):
 
         T is 4n + 1 for the first piece of a clip and 4n for the others.
         """
-        out = self.conv1(self.encoder(fold_pixels(piece), cache), cache)
+        out = self.conv1(self.encoder(fold_pixels(piece, self.config.patch_size), cache), cache)
         cache.first = False
         mean, log_variance = mx.split(out, 2, axis=-1)
         return mean, log_variance
@@ -343,7 +341,7 @@ class WanVAE22(nn.Module):
         """A piece of video, not clipped, from a piece (B, t, h, w, z_dim) of latents that are not normalised."""
         out = self.decoder(self.conv2(latents, cache), cache)
         cache.first = False
-        return unfold_pixels(out)
+        return unfold_pixels(out, self.config.patch_size)
 
     def normalise(self, mean: mx.array) -> mx.array:
         """Latents as the transformer sees them."""
