@@ -1,0 +1,174 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#   "torch==2.13.0", "diffusers==0.42.1", "transformers==5.23.0", "tokenizers==0.23.3", "numpy>=2", "einops",
+#   "easydict", "ftfy==6.3.1", "regex", "tqdm", "pillow", "safetensors", "sentencepiece",
+# ]
+# ///
+"""Runs the official PyTorch code on the small checkpoint of tests/small.py and writes tests/golden/.
+
+    git clone https://github.com/Wan-Video/Wan2.2 && git -C Wan2.2 checkout 42bf4cf
+    uv run parity/make_goldens.py --official Wan2.2 [--only tokens schedulers ...]
+
+float32 on the CPU. Arrays are written channels last, as this project has them.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import official
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = ROOT / "tests" / "golden"
+sys.path.insert(0, str(ROOT / "tests"))
+import small  # noqa: E402
+
+
+def save(name, arrays):
+    path = GOLDEN / f"{name}.npz"
+    np.savez_compressed(path, **{k: np.asarray(v) for k, v in arrays.items()})
+    print(f"{path.relative_to(ROOT)}: {len(arrays)} arrays, {path.stat().st_size / 1024:.0f} KiB")
+
+
+def channels_first(array):
+    """(1, t, h, w, C) -> the reference's (C, t, h, w)."""
+    return torch.from_numpy(np.moveaxis(array[0], -1, 0).copy())
+
+
+def channels_last(tensor):
+    """The reference's (C, t, h, w) -> (1, t, h, w, C)."""
+    return np.moveaxis(tensor.detach().numpy(), 0, -1)[None]
+
+
+def names(wan):
+    """Every official parameter name and shape: of the small models and of the released ones."""
+
+    def shapes(module):
+        return {name: list(p.shape) for name, p in module.named_parameters()}
+
+    table = {
+        size: {part: shapes(module) for part, module in official.build(wan, size).items()}
+        for size in ("small", "ti2v-5B")
+    }
+    path = GOLDEN / "names.json"
+    path.write_text(json.dumps(table, separators=(",", ":")) + "\n")
+    print(f"{path.relative_to(ROOT)}: {path.stat().st_size / 1024:.0f} KiB")
+
+
+def tokens(wan):
+    """Ids and mask of the official cleaning and tokenizer, at 512 and where 64 cuts texts off."""
+    out = {}
+    for length in (64, 512):
+        tokenizer = official.tokenizer(wan, GOLDEN / "tokenizer.json", length)
+        ids, mask = tokenizer(list(small.PROMPTS), return_mask=True, add_special_tokens=True)
+        out[f"ids/{length}"], out[f"mask/{length}"] = ids.numpy().astype(np.int32), mask.numpy().astype(np.int32)
+    out["cleaned"] = np.array([tokenizer._clean(p) for p in small.PROMPTS])
+    out["negative_prompt"] = np.array(wan.configs.WAN_CONFIGS["ti2v-5B"].sample_neg_prompt)
+    save("tokens", out)
+
+
+def text_encoder(wan):
+    """Embeddings of padded token rows; 200 long, so that far pairs share the last buckets on both sides.
+
+    And the bucket of every distance there is in 512 tokens.
+    """
+    model = official.small_models(wan)["text_encoder"]
+    ids = np.load(GOLDEN / "tokens.npz")["ids/512"][:, :200]
+    mask = np.load(GOLDEN / "tokens.npz")["mask/512"][:, :200]
+    with torch.no_grad():
+        out = model(torch.from_numpy(ids).long(), torch.from_numpy(mask))
+    rows = [u[:n].numpy() for u, n in zip(out, mask.sum(1), strict=True)]
+    buckets = model.blocks[0].pos_embedding._relative_position_bucket(torch.arange(-511, 512))
+    save("text_encoder", {"ids": ids, "mask": mask, "embeddings": np.concatenate(rows), "buckets": buckets})
+
+
+def transformer(wan):
+    """One call with one timestep a sample; one with a batch of two whose tokens each have their own."""
+    model = official.small_models(wan)["transformer"]
+    out = {}
+    with torch.no_grad():
+        for case, grid, time in (("scalar", (2, 4, 10), [875.0]), ("mixed", (3, 6, 4), [999.0, 437.25])):
+            latents = [small.random(f"transformer/{case}/{i}", (1, *grid, 48)) for i in range(len(time))]
+            context = [small.random(f"context/{case}/{i}", (9 + 20 * i, 64)) for i in range(len(time))]
+            count = grid[0] * grid[1] * grid[2] // 4
+            t = torch.tensor(time)
+            if case == "mixed":  # the first frame clean, and one token of its own
+                t = t[:, None].repeat(1, count)
+                t[:, : count // grid[0]] = 0
+                t[1, -1] = 12.625
+            result = model([channels_first(x) for x in latents], t, [torch.from_numpy(c) for c in context], count)
+            out[f"{case}/timesteps"] = t.numpy()
+            out[f"{case}/velocity"] = np.concatenate([channels_last(x) for x in result])
+    save("transformer", out)
+
+
+def vae(wan):
+    """Encode and decode of a 13-frame clip and of one frame, neither square."""
+    model = official.small_vae(wan)
+    mean, inverse_std = model.scale
+    out = {"latents_mean": mean.numpy(), "latents_std": (1 / inverse_std).numpy()}
+    for case, (frames, height, width) in {"clip": (13, 32, 48), "frame": (1, 64, 32)}.items():
+        video = small.video(f"vae/{case}", frames, height, width)
+        latents = small.random(f"vae/{case}/latents", ((frames + 3) // 4, height // 16, width // 16, 48))[None]
+        with torch.no_grad():
+            out[f"{case}/encoded"] = channels_last(model.encode([channels_first(video)])[0])
+            out[f"{case}/decoded"] = channels_last(model.decode([channels_first(latents)])[0])
+    save("vae", out)
+
+
+def schedulers(wan):
+    """Every intermediate latent of runs with a fixed function in the model's place."""
+    out = {}
+    start = torch.from_numpy(small.random("schedulers", (1, 2, 3, 4, 5)))
+    runs = [(n, shift) for n in (1, 2, 3, 6, 20, 50) for shift in (5.0,)] + [(6, 1.0), (20, 3.0), (20, 12.0)]
+    for name in ("unipc", "dpm++", "euler"):
+        for steps, shift in runs:
+            scheduler, timesteps = official.scheduler(wan, name, steps, shift)
+            x, after = start, []
+            for t in timesteps:
+                velocity = torch.sin(1.7 * x + t.float() / 500) - 0.3 * x
+                x = scheduler.step(velocity, t, x, return_dict=False)[0]
+                after.append(x.numpy())
+            key = f"{name}/{steps}/{shift:g}"
+            out[f"{key}/timesteps"], out[f"{key}/sigmas"] = timesteps.numpy(), scheduler.sigmas.numpy()
+            out[f"{key}/latents"] = np.stack(after)
+    save("schedulers", out)
+
+
+def runs(wan):
+    """WanTI2V.t2v and .i2v from prompt to frames: six steps, guidance 5, shift 5, both official samplers."""
+    out = {}
+    for task in ("t2v", "i2v"):
+        for solver in ("unipc", "dpm++"):
+            result = official.run(wan, task, solver, GOLDEN / "tokenizer.json")
+            key = f"{task}/{solver}"
+            out[f"{key}/latents"] = np.concatenate([channels_last(x) for x in result.latents])  # after each step
+            frames = channels_last(result.video)[0]
+            out[f"{key}/frames"] = frames[:, ::4, ::4]  # every fourth pixel, before rounding
+            if solver == "unipc":
+                out[f"{key}/frames_uint8"] = official.to_uint8(frames)
+            out[f"{task}/noise"] = channels_last(result.noise)
+            out[f"{key}/context"], out[f"{key}/context_null"] = (c.numpy() for c in result.contexts)
+    save("runs", out)
+
+
+GOLDENS = {f.__name__: f for f in (names, tokens, text_encoder, transformer, vae, schedulers, runs)}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--official", required=True, help="a clone of the official repository")
+    parser.add_argument("--only", nargs="+", choices=GOLDENS, default=list(GOLDENS))
+    args = parser.parse_args()
+    torch.set_num_threads(2)
+    wan = official.load(args.official)
+    for name in args.only:
+        GOLDENS[name](wan)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""This project's answer beside the reference's, one pair an array in tests/golden/.
+
+Used by the tests, which hold the differences to a bound, and by parity/report.py, which prints them.
+"""
+
+import json
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import small
+
+from mlx_wan.models.transformer import TransformerConfig, WanTransformer
+from mlx_wan.models.umt5 import TextEncoderConfig, UMT5Encoder
+from mlx_wan.models.vae22 import VAEConfig, WanVAE22
+from mlx_wan.schedulers import make_scheduler
+
+GOLDEN = Path(__file__).parent / "golden"
+Pair = tuple[str, np.ndarray, np.ndarray]  # label, ours, the reference's
+
+
+@cache
+def golden(name: str) -> dict[str, np.ndarray]:
+    with np.load(GOLDEN / f"{name}.npz") as arrays:
+        return dict(arrays)
+
+
+def official_names(size: str, part: str) -> dict[str, list[int]]:
+    """Parameter name -> shape in the official checkpoint; size "small" or "ti2v-5B"."""
+    return json.loads((GOLDEN / "names.json").read_text())[size][part]
+
+
+def relative_error(got: np.ndarray, want: np.ndarray) -> float:
+    """||got - want|| / ||want||."""
+    assert got.shape == want.shape, (got.shape, want.shape)
+    got, want = got.astype(np.float64), want.astype(np.float64)
+    return float(np.linalg.norm(got - want) / np.linalg.norm(want))
+
+
+def native(name: str, array: np.ndarray) -> np.ndarray:
+    """From the official layout to the modules': channels last, norm weights flat."""
+    if name.endswith("gamma"):
+        return array.reshape(-1)
+    return np.moveaxis(array, 1, -1) if array.ndim > 3 else array
+
+
+def load_small(part: str) -> nn.Module:
+    """A module with the weights of `small`; fails unless it has exactly the official names and shapes."""
+    module: nn.Module = {
+        "transformer": lambda: WanTransformer(TransformerConfig(**small.TRANSFORMER)),
+        "text_encoder": lambda: UMT5Encoder(TextEncoderConfig(**small.TEXT_ENCODER)),
+        "vae": lambda: WanVAE22(vae_config()),
+    }[part]()
+    shapes = official_names("small", part)
+    weights = [(name, native(name, small.weight(part, name, tuple(shape)))) for name, shape in shapes.items()]
+    module.load_weights([(name, mx.array(w)) for name, w in weights], strict=True)
+    return module
+
+
+def vae_config() -> VAEConfig:
+    stored = golden("vae")
+    mean, std = stored["latents_mean"].tolist(), stored["latents_std"].tolist()
+    return VAEConfig(**small.VAE, latents_mean=tuple(mean), latents_std=tuple(std))
+
+
+def text_encoder() -> Iterator[Pair]:
+    stored, model = golden("text_encoder"), load_small("text_encoder")
+    for i, (ids, mask) in enumerate(zip(stored["ids"], stored["mask"], strict=True)):
+        got = np.array(model(mx.array(ids[None]), mx.array(mask[None])))[0, : mask.sum()]
+        start = stored["mask"][:i].sum()
+        yield f"prompt {i}, {mask.sum()} tokens", got, stored["embeddings"][start : start + mask.sum()]
+
+
+def transformer_inputs(case: str, batch: int, grid: tuple[int, int, int]) -> tuple[mx.array, mx.array]:
+    """Latents (B, t, h, w, 48) and context (B, 512, 64), padded with zeros as the official code pads it."""
+    latents = [small.random(f"transformer/{case}/{i}", (*grid, 48)) for i in range(batch)]
+    context = np.zeros((batch, small.TRANSFORMER["text_len"], 64), np.float32)
+    for i in range(batch):
+        context[i, : 9 + 20 * i] = small.random(f"context/{case}/{i}", (9 + 20 * i, 64))
+    return mx.array(np.stack(latents)), mx.array(context)
+
+
+def transformer() -> Iterator[Pair]:
+    stored, model = golden("transformer"), load_small("transformer")
+    for case in ("scalar", "mixed"):
+        want = stored[f"{case}/velocity"]
+        latents, context = transformer_inputs(case, want.shape[0], want.shape[1:4])
+        yield f"{case} timesteps", np.array(model(latents, mx.array(stored[f"{case}/timesteps"]), context)), want
+
+
+def vae() -> Iterator[Pair]:
+    stored, model = golden("vae"), load_small("vae")
+    for case, (frames, height, width) in {"clip": (13, 32, 48), "frame": (1, 64, 32)}.items():
+        clip = small.video(f"vae/{case}", frames, height, width)
+        yield f"encode {case}", np.array(model.encode(mx.array(clip))), stored[f"{case}/encoded"]
+        shape = stored[f"{case}/encoded"].shape[1:]
+        latents = small.random(f"vae/{case}/latents", shape)[None]
+        yield f"decode {case}", np.array(model.decode(mx.array(latents))), stored[f"{case}/decoded"]
+
+
+def scheduler_runs() -> list[str]:
+    """Keys "name/steps/shift" of the stored runs."""
+    return sorted({key.rsplit("/", 1)[0] for key in golden("schedulers")})
+
+
+def scheduler(run: str) -> Iterator[Pair]:
+    """Latents after each step of one run, each step taking our own latents of the one before."""
+    stored = golden("schedulers")
+    name, steps, shift = run.split("/")
+    sampler = make_scheduler(name, int(steps), float(shift))
+    yield f"{run} timesteps", sampler.timesteps, stored[f"{run}/timesteps"]
+    yield f"{run} sigmas", sampler.sigmas, stored[f"{run}/sigmas"]
+    x, state = mx.array(small.random("schedulers", (1, 2, 3, 4, 5))), sampler.init()
+    for i, t in enumerate(sampler.timesteps):
+        velocity = mx.sin(1.7 * x + float(t) / 500) - 0.3 * x
+        x, state = sampler.step(velocity, x, state)
+        yield f"{run} step {i}", np.array(x), stored[f"{run}/latents"][i]

@@ -1,0 +1,111 @@
+import cases
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from mlx_wan.models.transformer import (
+    FLOAT32_PARAMETERS,
+    TransformerConfig,
+    WanTransformer,
+    timestep_embedding,
+)
+
+GRID = (3, 6, 4)  # latent frames, rows, columns: 3 * 3 * 2 tokens
+
+
+@pytest.fixture(scope="module")
+def model():
+    return cases.load_small("transformer")
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    return cases.transformer_inputs("mixed", 2, GRID)
+
+
+def test_official_code_agrees():
+    errors = {label: cases.relative_error(got, want) for label, got, want in cases.transformer()}
+    assert len(errors) == 2
+    assert max(errors.values()) < 1e-5, errors
+
+
+def test_released_model_has_the_official_names_and_shapes():
+    """Arrays are made lazily, so even five billion parameters cost nothing here."""
+    parameters = tree_flatten(WanTransformer(TransformerConfig()).parameters())
+    want = {
+        name: tuple(np.roll(shape[1:], -1)) if len(shape) > 3 else tuple(shape[1:])
+        for name, shape in cases.official_names("ti2v-5B", "transformer").items()
+    }
+    assert {name: p.shape[1:] for name, p in parameters} == want
+    assert all(p.shape[0] == cases.official_names("ti2v-5B", "transformer")[n][0] for n, p in parameters)
+
+
+def test_one_timestep_a_sample_a_frame_or_a_token(model, inputs):
+    latents, context = inputs
+    t = mx.array([700.0, 31.0])
+    want = np.array(model(latents, t, context))
+    for count in (1, 3, 18):
+        got = np.array(model(latents, mx.repeat(t[:, None], count, axis=1), context))
+        assert cases.relative_error(got, want) < 1e-6
+
+
+def test_frame_timesteps_are_token_timesteps_repeated(model, inputs):
+    frames = mx.array([[0.0, 700.0, 700.0], [0.0, 31.0, 999.0]])
+    got = np.array(model(inputs[0], frames, inputs[1]))
+    want = np.array(model(inputs[0], mx.repeat(frames, 6, axis=1), inputs[1]))
+    assert cases.relative_error(got, want) < 1e-6
+
+
+def test_samples_of_a_batch_do_not_mix(model, inputs):
+    latents, context = inputs
+    t = mx.array([700.0, 31.0])
+    both = np.array(model(latents, t, context))
+    for i in range(2):
+        alone = np.array(model(latents[i : i + 1], t[i : i + 1], context[i : i + 1]))
+        assert cases.relative_error(both[i : i + 1], alone) < 1e-6
+
+
+def test_padding_is_attended_to(model, inputs):
+    """The official code pads the text with zeros to 512 and masks nothing, so the padding is part of the input."""
+    latents, context = inputs
+    t = mx.array([700.0, 700.0])
+    padded = np.array(model(latents, t, context))
+    bare = np.array(model(latents[:1], t[:1], context[:1, :9]))
+    assert cases.relative_error(bare, padded[:1]) > 1e-3
+
+
+def test_half_precision_comes_back_as_float32(inputs):
+    latents, context = inputs
+    exact, half = cases.load_small("transformer"), cases.load_small("transformer")
+    half.dtype = mx.bfloat16
+    rounded = WanTransformer(half.config, mx.bfloat16)
+    rounded.load_weights(
+        [
+            (name, p if any(part in name for part in FLOAT32_PARAMETERS) else p.astype(mx.bfloat16))
+            for name, p in tree_flatten(exact.parameters())
+        ]
+    )
+    t = mx.array([[0.0, 700.0, 700.0], [0.0, 31.0, 31.0]])
+    got, want = rounded(latents, t, context), exact(latents, t, context)
+    assert got.dtype == want.dtype == mx.float32
+    error = cases.relative_error(np.array(got), np.array(want))
+    assert 1e-4 < error < 3e-2  # bfloat16 keeps 8 bits: 4e-3 a rounding
+
+
+def test_timestep_embedding_holds_float64_accuracy():
+    t = np.concatenate([np.arange(0, 1001), np.random.RandomState(0).uniform(0, 1000, 1000)]).astype(np.float32)
+    angle = np.outer(t.astype(np.float64), 10000.0 ** (-np.arange(128) / 128))
+    want = np.concatenate([np.cos(angle), np.sin(angle)], axis=1)
+    np.testing.assert_allclose(np.array(timestep_embedding(mx.array(t), 256)), want, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 3, 4, 48), (1, 1, 4, 3, 48), (1, 1, 4, 4, 16)])
+def test_latents_that_do_not_fit(model, inputs, shape):
+    with pytest.raises(ValueError, match="do not fit"):
+        model(mx.zeros(shape), mx.array([5.0]), inputs[1][:1])
+
+
+def test_timesteps_that_do_not_fit(model, inputs):
+    with pytest.raises(ValueError, match="timesteps"):
+        model(inputs[0], mx.zeros((2, 5)), inputs[1])

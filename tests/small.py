@@ -1,0 +1,107 @@
+"""A small checkpoint of the Wan2.2 family, made of numbers that anybody can make again.
+
+Shared by the tests and by the scripts in parity/, so that neither weights nor inputs need to be stored:
+both come from NumPy's RandomState, whose stream is frozen, seeded by their names. Needs NumPy alone.
+"""
+
+import math
+import zlib
+
+import numpy as np
+
+TRANSFORMER = {
+    "model_type": "ti2v",
+    "patch_size": (1, 2, 2),
+    "text_len": 512,
+    "in_dim": 48,
+    "dim": 96,
+    "ffn_dim": 160,
+    "freq_dim": 256,
+    "text_dim": 64,
+    "out_dim": 48,
+    "num_heads": 3,  # 32 a head: the rotary embedding splits them 12 + 10 + 10
+    "num_layers": 2,
+    "qk_norm": True,
+    "cross_attn_norm": True,
+    "eps": 1e-6,
+}
+TEXT_ENCODER = {
+    "vocab_size": 656,  # some more than the tokenizer has pieces, as UMT5
+    "dim": 64,
+    "dim_attn": 96,
+    "dim_ffn": 112,
+    "num_heads": 4,
+    "num_layers": 3,
+    "num_buckets": 32,
+}
+VAE = {
+    "dim": 8,
+    "dec_dim": 12,
+    "z_dim": 48,
+    "dim_mult": (1, 2, 4, 4),
+    "num_res_blocks": 2,
+    "temporal_downsample": (False, True, True),
+}
+
+# Text that cleaning or tokenizing could get wrong: entities escaped twice, mojibake, wide blanks, other scripts.
+PROMPTS = (
+    "a red circle moves right on a black background",
+    "  A   blue\tsquare\n\nbounces \u3000 up &amp;amp; down  ",
+    "&lt;b&gt;Tom &quot;the cat&quot;&lt;/b&gt; &amp;lt;3 caf\u00c3\u00a9 &#128512; \u201cquoted\u201d\u2026",
+    "\u4e00\u53ea\u732b\u5728\u8349\u5730\u4e0a\u8dd1\uff0c\u955c\u5934\u6162\u6162\u5411\u53f3\u79fb\u52a8\uff01",
+    "\U0001f431 \U0001f469\u200d\U0001f680 fish & chips \ufb01ne \uff21\uff22\uff23 \u00bd x\u00b2",
+    "",
+    "red " * 700,
+)
+
+# Whole runs, in the words of the pipeline. Text to video takes the default negative prompt, image to video this one.
+RUN = {
+    "width": 96,
+    "height": 64,
+    "num_frames": 9,
+    "num_inference_steps": 6,
+    "guidance_scale": 5.0,
+    "shift": 5.0,
+}
+RUN_PROMPT = "Two small cats &amp; a red ring,  slowly turning"
+I2V_NEGATIVE_PROMPT = "blurry"
+
+
+def random(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Standard normal float32 numbers that depend on `name` and `shape` alone."""
+    return np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape).astype(np.float32)
+
+
+def weight(component: str, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """The tensor `name` of a component ("transformer", "text_encoder" or "vae"), in the official layout.
+
+    Scaled so that signals keep their size through the network; nothing is 0 or 1, where a mistake could hide.
+    """
+    values = random(f"{component}/{name}", shape)
+    if name.endswith("gamma") or ("norm" in name and name.endswith("weight")):
+        return 1 + 0.1 * values
+    if name.endswith("bias"):
+        return 0.05 * values
+    if name.endswith("modulation"):
+        return values / math.sqrt(shape[-1])
+    if "embedding" in name and component == "text_encoder":
+        return values
+    values = values / math.sqrt(math.prod(shape[1:]))
+    if component == "text_encoder" and name.endswith("attn.q.weight"):
+        return values / shape[0] ** 0.25  # T5 does not scale its scores
+    if name == "decoder.head.2.weight":
+        return 0.4 * values  # pixels stay within [-1, 1], where nothing is cut off
+    return values
+
+
+def video(name: str, frames: int, height: int, width: int) -> np.ndarray:
+    """(1, frames, height, width, 3) in [-1, 1]: drifting stripes with some noise."""
+    t, y, x = np.meshgrid(np.arange(frames), np.arange(height), np.arange(width), indexing="ij")
+    waves = [np.sin(0.5 * t + (0.21 + 0.05 * c) * x + (0.13 * c - 0.1) * y + c) for c in range(3)]
+    clip = 0.7 * np.stack(waves, axis=-1) + 0.1 * random(name, (frames, height, width, 3))
+    return np.clip(clip, -1, 1).astype(np.float32)[None]
+
+
+def picture(height: int = 70, width: int = 100) -> np.ndarray:
+    """(height, width, 3) uint8: a frame of `video`, of a size that no stride divides."""
+    return np.round((video("picture", 1, height, width)[0, 0] + 1) * 127.5).astype(np.uint8)
