@@ -13,13 +13,16 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 import mlx_wan
+from mlx_wan import backend
 from mlx_wan.errors import WanError
 
 # Each module offers add_parser(subparsers) -> parser, and run(args) -> exit code or None for 0. Importing one must
 # stay cheap: whatever is heavy is imported inside run.
 COMMANDS = {
+    "train": "mlx_wan.cli.train",
     "info": "mlx_wan.cli.info",
 }
+COMPUTING = ("generate", "train")  # these get the hint about a missing BLAS
 EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED, EXIT_BROKEN_PIPE = 1, 2, 130, 141
 
 
@@ -74,9 +77,18 @@ def _run(arguments: list[str]) -> int:
         return 0
     known = {_plain(flag): flag for flag in _flags(parsers[name])}
     args = parsers[name].parse_args([_official(token, known) for token in rest])
+    if name in COMPUTING:
+        _check_backend()
     code = int(modules[name].run(args) or 0)
     sys.stdout.flush()  # a closed pipe shows here, where it is handled, instead of at exit
     return code
+
+
+def _check_backend() -> None:
+    backend.check_setting()
+    for advice in (backend.wheel_conflict(), backend.prepare().hint):
+        if advice:
+            print(f"hint: {advice}", file=sys.stderr)
 
 
 def _build() -> tuple[Parser, dict[str, Parser], dict[str, ModuleType]]:
