@@ -9,7 +9,15 @@ from mlx_wan.errors import CheckpointError, UserError
 from mlx_wan.weights.pickles import read_pth
 from mlx_wan.weights.tensors import DTYPES, TensorInfo, mapped_tensor
 
-__all__ = ["TENSOR_SUFFIXES", "TensorInfo", "read_index", "read_metadata", "read_tensors"]
+__all__ = [
+    "INDEX_SUFFIX",
+    "SAFETENSORS_DTYPES",
+    "TENSOR_SUFFIXES",
+    "TensorInfo",
+    "read_index",
+    "read_metadata",
+    "read_tensors",
+]
 
 PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
 TENSOR_SUFFIXES = (".safetensors", *PICKLE_SUFFIXES)
@@ -64,11 +72,11 @@ def read_metadata(path: str | Path) -> dict[str, str]:
     return {str(key): str(value) for key, value in metadata.items()} if isinstance(metadata, dict) else {}
 
 
-def read_index(path: Path) -> dict[str, Path]:
-    """Tensor name -> shard, of a .safetensors.index.json; all shards exist.
+def read_index(path: Path, *, must_exist: bool = True) -> dict[str, Path]:
+    """Tensor name -> shard, of a .safetensors.index.json.
 
     Raises:
-        CheckpointError: not an index, or shards are missing.
+        CheckpointError: not an index, or (if they `must_exist`) shards are missing.
     """
     try:
         weight_map = json.loads(path.read_bytes())["weight_map"]
@@ -79,7 +87,7 @@ def read_index(path: Path) -> dict[str, Path]:
         if Path(file).name != file:
             raise CheckpointError(f"{path}: names a shard outside its folder: {file}")
     missing = sorted({file for file in shards.values() if not (path.parent / file).is_file()})
-    if missing:
+    if missing and must_exist:
         raise CheckpointError(f"{path.parent}: missing {', '.join(missing)}, listed in {path.name}")
     return {name: path.parent / file for name, file in shards.items()}
 

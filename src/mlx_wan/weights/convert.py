@@ -1,0 +1,127 @@
+"""From any layout to the native one, without torch, one tensor in memory at a time."""
+
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+
+from mlx_wan.errors import UserError
+from mlx_wan.weights.identify import COMPONENTS
+from mlx_wan.weights.load import component_tensors, locate
+from mlx_wan.weights.quantize import Quantization, quantize_tensors
+from mlx_wan.weights.save import MAX_SHARD_BYTES, native_config, remove_tensors, save_native
+from mlx_wan.weights.tensors import TensorInfo
+
+
+def convert(
+    src: str | Path,
+    dst: str | Path,
+    dtype: mx.Dtype | None = None,
+    bits: int | None = None,
+    group_size: int = 64,
+    *,
+    overwrite: bool = False,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> Path:
+    """Writes the checkpoint `src` (anything `load.locate` takes) to the folder `dst` in the native layout.
+
+    Args:
+        dtype: of the matrices; None leaves each as it is stored. The VAE and the parts of the transformer that
+            compute in float32 are always stored in float32.
+        bits: 4 or 8 packs the matrices that `quantize.QUANTIZED` names; None packs nothing.
+        group_size: how many values of a row share a scale: 32, 64 or 128.
+        overwrite: whether a native model in `dst` may be replaced; other files there stay.
+
+    Returns:
+        `dst`.
+
+    Raises:
+        UserError: bad options, or a `dst` that is not empty, not writable, or has too little space.
+        CheckpointError: a bad `src`, as `load.locate`.
+    """
+    dst = Path(dst).expanduser()
+    how = None if bits is None else Quantization(bits, group_size)
+    checkpoint = locate(src)
+    if checkpoint.quantization is not None:
+        raise UserError(f"{checkpoint.folder}: is quantized already; convert the original")
+    _check_destination(checkpoint.folder, dst, overwrite)
+    parts = {name: component_tensors(checkpoint, name, dtype) for name in COMPONENTS}
+    if how is not None:
+        parts = {name: quantize_tensors(tensors, name, how) for name, tensors in parts.items()}
+    config = native_config(
+        checkpoint.spec.name,
+        checkpoint.transformer_config,
+        checkpoint.text_encoder_config,
+        checkpoint.vae_config,
+        checkpoint.spec.sampling(),
+        how,
+    )
+    partial = _make_partial(dst, sum(info.nbytes for tensors in parts.values() for info in tensors))
+    try:
+        save_native(
+            partial,
+            **{name: _released(tensors) for name, tensors in parts.items()},
+            tokenizer_json=checkpoint.tokenizer,
+            config=config,
+            max_shard_bytes=max_shard_bytes,
+        )
+        _move(partial, dst)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return dst
+
+
+def _released(tensors: list[TensorInfo]) -> list[TensorInfo]:
+    """The tensors, each giving MLX's memory cache back once it is loaded: sizes differ, so little is reused."""
+
+    def load(info: TensorInfo) -> mx.array:
+        mx.clear_cache()
+        return info.load()
+
+    return [replace(info, load=lambda info=info: load(info)) for info in tensors]
+
+
+def _check_destination(src: Path, dst: Path, overwrite: bool) -> None:
+    if dst.resolve() == src.resolve() or src.resolve() in dst.resolve().parents:
+        raise UserError(f"{dst}: lies in the checkpoint that is read; choose another folder")
+    if dst.exists() and not dst.is_dir():
+        raise UserError(f"{dst}: is a file, not a folder")
+    if not dst.is_dir() or not any(dst.iterdir()):
+        return
+    if not overwrite:
+        raise UserError(f"{dst}: is not empty; choose another folder or pass --overwrite")
+    if '"mlx_wan"' not in _text(dst / "config.json"):
+        raise UserError(f"{dst}: is not a converted model, so --overwrite leaves it alone; choose another folder")
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return ""
+
+
+def _make_partial(dst: Path, needed: int) -> Path:
+    """A fresh folder beside `dst`, so that `dst` itself appears whole or not at all."""
+    partial = dst.with_name(f".{dst.name}.partial-{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+        free = shutil.disk_usage(partial).free
+    except OSError as error:
+        raise UserError(f"{dst}: cannot be written: {error.strerror or error}") from error
+    if free < needed:
+        partial.rmdir()
+        raise UserError(f"{dst}: needs {needed / 1e9:.1f} GB of disk space, {free / 1e9:.1f} GB are free")
+    return partial
+
+
+def _move(partial: Path, dst: Path) -> None:
+    """Puts a finished folder in the place of `dst`: a model that was there is replaced, other files stay."""
+    dst.mkdir(parents=True, exist_ok=True)
+    config = dst / "config.json"
+    config.unlink(missing_ok=True)
+    remove_tensors(dst)
+    for file in sorted(partial.iterdir(), key=lambda file: file.name == "config.json"):
+        os.replace(file, dst / file.name)

@@ -1,0 +1,89 @@
+"""Which released model a tensor file belongs to, judged from the names and shapes in it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from mlx_wan.errors import CheckpointError
+from mlx_wan.weights.layouts import official_names
+from mlx_wan.weights.shapes import FIELDS, Shape
+from mlx_wan.zoo import RELEASES
+
+COMPONENTS = ("transformer", "text_encoder", "vae")
+LABELS = {"transformer": "transformer", "text_encoder": "text encoder", "vae": "VAE"}
+WRAPPERS = ("model.diffusion_model.", "diffusion_model.")  # prefixes ComfyUI and trainers put before every name
+
+# Names that only one kind of model has: (start of a name, component, model). First match wins.
+MARKS: tuple[tuple[str, str, str], ...] = (
+    ("condition_embedder.", "transformer", "Wan transformer under Diffusers names"),
+    ("casual_audio_encoder.", "transformer", "Wan2.2 S2V-14B"),
+    ("face_adapter.", "transformer", "Wan2.2 Animate-14B"),
+    ("pose_patch_embedding.", "transformer", "Wan2.2 Animate-14B"),
+    ("vace_blocks.", "transformer", "Wan2.1 VACE"),
+    ("img_emb.", "transformer", "Wan2.1 I2V-14B"),
+    ("encoder.down_blocks.", "vae", "Wan VAE under Diffusers names"),
+    ("encoder.downsamples.0.residual.", "vae", "Wan2.1 VAE"),
+    ("encoder.block.0.layer.0.SelfAttention.", "text_encoder", "T5 encoder under Hugging Face names"),
+    ("visual.transformer.", "other", "CLIP image encoder"),
+    ("wav2vec2.", "other", "wav2vec2 audio encoder"),
+)
+LORA_MARKS = (".lora_A.", ".lora_B.", ".lora_a", ".lora_b", ".lora_down.", ".lora_up.", "lora_unet_")
+
+# Starts of names that make a file a component of ours.
+KEYS = {
+    "transformer": ("patch_embedding.", "blocks.0.self_attn."),
+    "text_encoder": ("blocks.0.attn.", "blocks.0.ffn.gate."),
+    "vae": ("encoder.downsamples.0.downsamples.", "decoder.upsamples.0.upsamples."),
+}
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a file is.
+
+    Attributes:
+        component: "transformer", "text_encoder", "vae", "lora", "other" or "unknown".
+        model: its name for people, e.g. "Wan2.2 VAE" or "transformer of an unknown size".
+        runs: whether it is of a kind that this package can use.
+    """
+
+    component: str
+    model: str
+    runs: bool = False
+
+
+def identify(shapes: Mapping[str, Shape]) -> Identity:
+    """Judges a file by its tensors' names (of any dialect) and shapes. Never fails: what it does not know is
+    "unknown"."""
+    if any(mark in name for name in shapes for mark in LORA_MARKS):
+        return Identity("lora", "LoRA")
+    shapes = {_unwrapped(name): shape for name, shape in shapes.items()}
+    for start, component, model in MARKS:
+        if any(name.startswith(start) for name in shapes):
+            return Identity(component, model)
+    try:
+        renamed = official_names(shapes)
+    except CheckpointError:
+        return Identity("unknown", "unknown")
+    shapes = {renamed[name]: shape for name, shape in shapes.items()}
+    for component, keys in KEYS.items():
+        if all(any(name.startswith(key) for name in shapes) for key in keys):
+            return _release(component, shapes)
+    return Identity("unknown", "unknown")
+
+
+def _unwrapped(name: str) -> str:
+    return next((name.removeprefix(wrapper) for wrapper in WRAPPERS if name.startswith(wrapper)), name)
+
+
+def _release(component: str, shapes: Mapping[str, Shape]) -> Identity:
+    try:
+        fields = FIELDS[component](shapes)
+    except CheckpointError:
+        return Identity(component, f"{LABELS[component]} with missing or odd tensors", runs=True)
+    for release in RELEASES:
+        if release.component == component and release.dims.items() <= fields.items():
+            return Identity(component, release.name, release.runs)
+    if component == "transformer" and fields["in_dim"] != fields["out_dim"]:
+        return Identity(component, "image-to-video transformer of the Wan2.1 kind, of an unreleased size")
+    kind = {"transformer": "Wan transformer", "text_encoder": "UMT5 encoder", "vae": "Wan2.2-type VAE"}
+    return Identity(component, f"{kind[component]} of an unreleased size", runs=True)

@@ -1,0 +1,364 @@
+"""Finds a checkpoint, tells its layout, and checks that its parts are there, of the right model, and fit."""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from mlx_wan.errors import CheckpointError, UserError, WanError
+from mlx_wan.models.transformer import TransformerConfig
+from mlx_wan.models.umt5 import TextEncoderConfig
+from mlx_wan.models.vae22 import VAEConfig
+from mlx_wan.weights.files import INDEX_SUFFIX, TENSOR_SUFFIXES, read_index, read_tensors
+from mlx_wan.weights.identify import COMPONENTS, LABELS, Identity, identify
+from mlx_wan.weights.layouts import KEEP, TURN, official_names
+from mlx_wan.weights.quantize import Quantization
+from mlx_wan.weights.shapes import PATCH_SIZE, text_encoder_fields, transformer_fields, vae_fields
+from mlx_wan.weights.tensors import TensorInfo
+from mlx_wan.zoo import LATENTS_MEAN, LATENTS_STD, MODELS, RELEASES, SAMPLING_TYPES, ModelSpec
+
+EMBEDDED = Path(__file__).resolve().parent.parent / "embedded"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a kind of checkpoint folder keeps what.
+
+    Attributes:
+        files: component or "tokenizer" -> its file, relative to the folder; the first name that exists counts.
+        usual: order of its convolutions where shapes do not tell (`layouts.KEEP` or `TURN`), None if unknown.
+    """
+
+    name: str
+    files: Mapping[str, tuple[str, ...]]
+    usual: str | None
+
+
+def _files(transformer: str, text_encoder: tuple[str, ...], vae: tuple[str, ...], tokenizer: str) -> dict:
+    return {
+        "transformer": (f"{transformer}.safetensors", f"{transformer}{INDEX_SUFFIX}"),
+        "text_encoder": text_encoder,
+        "vae": vae,
+        "tokenizer": (tokenizer,),
+    }
+
+
+NATIVE = Layout(
+    "native",
+    _files(
+        "transformer",
+        ("text_encoder.safetensors", f"text_encoder{INDEX_SUFFIX}"),
+        ("vae.safetensors", f"vae{INDEX_SUFFIX}"),
+        "tokenizer.json",
+    ),
+    KEEP,
+)
+UMT5_TOKENIZER = "google/umt5-xxl/tokenizer.json"
+WAN22_MLX = Layout(
+    "Wan2.2-mlx",
+    _files("wan_model_mlx", ("t5_encoder_mlx.safetensors",), ("vae_mlx.safetensors",), UMT5_TOKENIZER),
+    None,
+)
+OFFICIAL = Layout(
+    "official",
+    _files(
+        "diffusion_pytorch_model",
+        ("models_t5_umt5-xxl-enc-bf16.pth", "models_t5_umt5-xxl-enc-bf16.safetensors"),
+        ("Wan2.2_VAE.pth", "Wan2.2_VAE.safetensors"),
+        UMT5_TOKENIZER,
+    ),
+    TURN,
+)
+LAYOUTS = (NATIVE, WAN22_MLX, OFFICIAL)
+
+
+@dataclass(frozen=True)
+class Component:
+    """One part of a checkpoint: its file (or index of shards) and its tensors by official name."""
+
+    path: Path
+    tensors: Mapping[str, TensorInfo]
+    identity: Identity
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose headers are in order.
+
+    Attributes:
+        layout: which files it is made of.
+        folder: where it is.
+        config: its config.json.
+        spec: how the model is sampled by default.
+        transformer, text_encoder, vae: its parts.
+        tokenizer: its tokenizer.json.
+        *_config: dimensions of the parts.
+        quantization: how its matrices are packed; None if they are not.
+    """
+
+    layout: Layout
+    folder: Path
+    config: Mapping[str, Any]
+    spec: ModelSpec
+    transformer: Component
+    text_encoder: Component
+    vae: Component
+    tokenizer: Path
+    transformer_config: TransformerConfig
+    text_encoder_config: TextEncoderConfig
+    vae_config: VAEConfig
+    quantization: Quantization | None = None
+
+
+def find(where: str | Path) -> Checkpoint:
+    """What `load.locate` says, but for the comparison of single tensors with the modules."""
+    if str(where) == "tiny":
+        return _read_folder(EMBEDDED)
+    folder = Path(where).expanduser()
+    if folder.is_dir():
+        return _read_folder(folder)
+    if folder.is_file():
+        identity = identify({name: info.shape for name, info in read_tensors(folder).items()})
+        raise UserError(f"{folder}: is a single file ({identity.model}); give the folder of a whole checkpoint")
+    if HUB_ID.fullmatch(str(where)):
+        return _read_folder(_download(str(where)))
+    raise UserError(f'{folder}: no such folder (a checkpoint folder, a Hub id, or "tiny" is needed)')
+
+
+def _download(hub_id: str) -> Path:
+    """The folder of a Hub repository in the local cache, with the files that any layout needs."""
+    import huggingface_hub  # slow to import, and only needed here
+    from huggingface_hub.errors import HfHubHTTPError
+
+    wanted = [name for layout in LAYOUTS for names in layout.files.values() for name in names]
+    wanted += [name.replace(".safetensors", "-*-of-*.safetensors") for name in wanted if name.endswith("safetensors")]
+    try:
+        # First the small file that tells what it is: another model is refused before its gigabytes arrive.
+        folder = Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=["config.json", "model_index.json"]))
+        _read_config(folder)
+        return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=["config.json", *wanted]))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        if isinstance(error, WanError):
+            raise
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"{hub_id}: no such folder here, and the Hugging Face Hub did not provide it ({reason}); "
+            "check the name and the connection, or download it elsewhere and give its folder"
+        ) from error
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """config.json, once it is clear that it describes a model this package runs."""
+    if (folder / "high_noise_model").is_dir() or (folder / "low_noise_model").is_dir():
+        raise CheckpointError(f"{folder}: is a two-expert Wan2.2 A14B model, which is not supported; use TI2V-5B")
+    if (folder / "model_index.json").is_file():
+        raise CheckpointError(f"{folder}: is in the Diffusers layout, which is not supported; use the official one")
+    path = folder / "config.json"
+    if not path.is_file():
+        if any((folder / name).is_file() for name in NATIVE.files["transformer"]):
+            raise CheckpointError(f"{folder}: half-written model: config.json is missing; convert it again")
+        raise CheckpointError(_missing_message(folder, OFFICIAL, ["config.json", *_missing(folder, OFFICIAL)]))
+    try:
+        config = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path}: is not a JSON object")
+    if other := _other_model(config):
+        raise CheckpointError(f"{folder}: is {other}, which is not supported; use Wan2.2 TI2V-5B")
+    return config
+
+
+def _other_model(config: Mapping[str, Any]) -> str | None:
+    """The model config.json describes if it is another one than this package runs."""
+    kind = config.get("model_type", "t2v")
+    for release in RELEASES:
+        if release.component == "transformer" and not release.runs and release.dims.items() <= config.items():
+            return release.name
+    if kind not in ("t2v", "ti2v"):
+        return f"a Wan model of the type {kind}"
+    if config.get("in_dim") != config.get("out_dim"):
+        return f"an image-to-video model (in_dim {config.get('in_dim')}, out_dim {config.get('out_dim')})"
+    return None
+
+
+def _layout(folder: Path, config: Mapping[str, Any]) -> Layout:
+    if "mlx_wan" in config:
+        return NATIVE
+    own = (name for part in COMPONENTS for name in WAN22_MLX.files[part])
+    return WAN22_MLX if any((folder / name).is_file() for name in own) else OFFICIAL
+
+
+def _find(folder: Path, names: tuple[str, ...]) -> Path | None:
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def _missing(folder: Path, layout: Layout) -> list[str]:
+    missing = []
+    for names in layout.files.values():
+        path = _find(folder, names)
+        if path is None:
+            missing.append(" or ".join(names))
+        elif path.name.endswith(INDEX_SUFFIX):
+            shards = {file.name for file in read_index(path, must_exist=False).values()}
+            missing += sorted(name for name in shards if not (folder / name).is_file())
+    return missing
+
+
+def _missing_message(folder: Path, layout: Layout, missing: list[str]) -> str:
+    strangers = []
+    for file in sorted(folder.iterdir()):
+        if file.suffix in TENSOR_SUFFIXES and len(strangers) < 3:
+            try:
+                identity = identify({name: info.shape for name, info in read_tensors(file).items()})
+            except CheckpointError:
+                continue
+            if not identity.runs:
+                strangers.append(f"{file.name} is {identity.model}")
+    hint = f" (but {'; '.join(strangers)})" if strangers else ""
+    return f"{folder}: incomplete {layout.name} checkpoint, missing: {', '.join(missing)}{hint}"
+
+
+def _read_folder(folder: Path) -> Checkpoint:
+    config = _read_config(folder)
+    layout = _layout(folder, config)
+    if missing := _missing(folder, layout):
+        raise CheckpointError(_missing_message(folder, layout, missing))
+    paths = {part: _find(folder, names) or folder for part, names in layout.files.items()}
+    parts = {name: _read_component(paths[name], name) for name in COMPONENTS}
+    extra = config.get("mlx_wan", {})
+    config_file = folder / "config.json"
+    if not isinstance(extra, dict) or (layout is NATIVE and extra.get("format") != 1):
+        raise CheckpointError(f"{config_file}: not a native format this version reads; convert the model again")
+    transformer = _transformer_config(config_file, config, parts["transformer"])
+    text_encoder = _text_encoder_config(config_file, extra.get("text_encoder"), parts["text_encoder"])
+    vae = _vae_config(config_file, extra.get("vae"), parts["vae"])
+    _check_fit(folder, transformer, text_encoder, vae)
+    return Checkpoint(
+        layout=layout,
+        folder=folder,
+        config=config,
+        spec=_spec(config_file, extra, parts["transformer"], vae),
+        **parts,
+        tokenizer=paths["tokenizer"],
+        transformer_config=transformer,
+        text_encoder_config=text_encoder,
+        vae_config=vae,
+        quantization=Quantization.from_config(extra["quantization"]) if "quantization" in extra else None,
+    )
+
+
+def _read_component(path: Path, component: str) -> Component:
+    tensors = read_tensors(path)
+    identity = identify({name: info.shape for name, info in tensors.items()})
+    if identity.component == "unknown":
+        raise CheckpointError(f"{path}: holds no {LABELS[component]} of a Wan model")
+    if identity.component != component or not identity.runs:
+        raise CheckpointError(f"{path}: is {identity.model}, not the {LABELS[component]} of a Wan2.2 TI2V model")
+    renamed = official_names(tensors)
+    return Component(path, {renamed[name]: info for name, info in tensors.items()}, identity)
+
+
+def _shapes(part: Component) -> dict[str, tuple[int, ...]]:
+    return {name: info.shape for name, info in part.tensors.items()}
+
+
+def _agree(path: Path, given: Mapping[str, Any], found: Mapping[str, Any], tensors: Path) -> None:
+    """What a config says must be what the tensors are."""
+    for name, value in found.items():
+        said = given.get(name, value)
+        said = tuple(said) if isinstance(said, list) else said
+        if said != value or type(said) is not type(value):
+            raise CheckpointError(f"{path}: {name} is {said!r}, but the tensors in {tensors.name} say {value!r}")
+
+
+def _transformer_config(path: Path, config: Mapping[str, Any], part: Component) -> TransformerConfig:
+    patch_size = tuple(config.get("patch_size", PATCH_SIZE))
+    try:
+        found = transformer_fields(_shapes(part), patch_size)
+    except CheckpointError as error:
+        raise CheckpointError(f"{part.path}: {error}") from error
+    _agree(path, config, found, part.path)
+    types = {"num_heads": (int,), "text_len": (int,), "eps": (float, int), "model_type": (str,)}
+    rest = {name: config[name] for name in types if name in config}
+    for name, value in rest.items():
+        if type(value) not in types[name] or (name != "model_type" and value <= 0):
+            raise CheckpointError(f"{path}: {name} cannot be {value!r}")
+    if "num_heads" not in rest:
+        raise CheckpointError(f"{path}: lacks num_heads, which the tensors do not tell")
+    if found["dim"] % (2 * rest["num_heads"]):
+        raise CheckpointError(f"{path}: num_heads {rest['num_heads']} does not divide dim {found['dim']} evenly")
+    return TransformerConfig(**found, **rest)
+
+
+def _text_encoder_config(path: Path, given: Any, part: Component) -> TextEncoderConfig:
+    try:
+        found = text_encoder_fields(_shapes(part))
+    except CheckpointError as error:
+        raise CheckpointError(f"{part.path}: {error}") from error
+    _agree(path, _section(path, "text_encoder", given), found, part.path)
+    return TextEncoderConfig(**found)
+
+
+def _vae_config(path: Path, given: Any, part: Component) -> VAEConfig:
+    try:
+        found = vae_fields(_shapes(part))
+    except CheckpointError as error:
+        raise CheckpointError(f"{part.path}: {error}") from error
+    given = _section(path, "vae", given)
+    _agree(path, given, found, part.path)
+    z_dim = found["z_dim"]
+    # The official files leave the statistics to the code, which knows them for 48 channels. A model of another
+    # width in that layout brings none: its latents are used as they are.
+    released = z_dim == len(LATENTS_MEAN)
+    mean = given.get("latents_mean", LATENTS_MEAN if released else (0.0,) * z_dim)
+    std = given.get("latents_std", LATENTS_STD if released else (1.0,) * z_dim)
+    for name, values in (("latents_mean", mean), ("latents_std", std)):
+        numbers = isinstance(values, list | tuple) and all(isinstance(v, int | float) for v in values)
+        if not numbers or len(values) != z_dim or not all(math.isfinite(v) for v in values):
+            raise CheckpointError(f"{path}: {name} of the VAE must be {z_dim} numbers")
+    if min(std) <= 0:
+        raise CheckpointError(f"{path}: latents_std of the VAE must be positive")
+    return VAEConfig(**found, latents_mean=tuple(map(float, mean)), latents_std=tuple(map(float, std)))
+
+
+def _section(path: Path, name: str, given: Any) -> dict[str, Any]:
+    """A part of "mlx_wan" in a native config.json, {} in other layouts; unknown keys are errors."""
+    known = {f.name for f in fields(VAEConfig if name == "vae" else TextEncoderConfig)}
+    given = {} if given is None else given
+    if not isinstance(given, dict) or not given.keys() <= known:
+        raise CheckpointError(f"{path}: unexpected entries under mlx_wan.{name}")
+    return given
+
+
+def _check_fit(folder: Path, transformer: TransformerConfig, text_encoder: TextEncoderConfig, vae: VAEConfig) -> None:
+    """The three parts must be made for each other."""
+    if not transformer.in_dim == transformer.out_dim == vae.z_dim:
+        raise CheckpointError(
+            f"{folder}: the transformer takes {transformer.in_dim} and makes {transformer.out_dim} latent channels, "
+            f"but the VAE has {vae.z_dim}"
+        )
+    if transformer.text_dim != text_encoder.dim:
+        raise CheckpointError(
+            f"{folder}: the transformer wants text of width {transformer.text_dim}, "
+            f"but the text encoder makes {text_encoder.dim}"
+        )
+
+
+def _spec(path: Path, extra: Mapping[str, Any], transformer: Component, vae: VAEConfig) -> ModelSpec:
+    """The known model, or for others one that is sampled like TI2V-5B unless config.json says otherwise."""
+    released = transformer.identity.model == "Wan2.2 TI2V-5B"
+    name = extra.get("model", "ti2v-5B" if released else "custom")
+    spec = MODELS.get(name) or replace(MODELS["ti2v-5B"], name=str(name), hub_id=None, sizes=())
+    sampling = extra.get("sampling", {})
+    if not isinstance(sampling, dict) or not sampling.keys() <= SAMPLING_TYPES.keys():
+        raise CheckpointError(f"{path}: unexpected entries under mlx_wan.sampling")
+    for key, value in sampling.items():
+        allowed = (int, float) if SAMPLING_TYPES[key] is float else (SAMPLING_TYPES[key],)
+        if type(value) not in allowed:
+            raise CheckpointError(f"{path}: mlx_wan.sampling.{key} cannot be {value!r}")
+    return replace(spec.with_sampling(sampling), vae_stride=vae.stride)

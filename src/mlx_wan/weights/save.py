@@ -1,0 +1,173 @@
+"""Writes the native layout: config.json, three sets of safetensors and tokenizer.json in one folder.
+
+Tensors pass one at a time from where they come from to the file, so that a model larger than memory can be written.
+Files appear under their names only when they are complete, and config.json last of all: a folder without it is
+half-written.
+"""
+
+import contextlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+
+from mlx_wan.errors import WanError
+from mlx_wan.models.transformer import TransformerConfig
+from mlx_wan.models.umt5 import TextEncoderConfig
+from mlx_wan.models.vae22 import VAEConfig
+from mlx_wan.weights.files import INDEX_SUFFIX, SAFETENSORS_DTYPES
+from mlx_wan.weights.quantize import Quantization
+from mlx_wan.weights.tensors import DTYPES, TensorInfo
+
+FORMAT = 1
+MAX_SHARD_BYTES = 5 * 10**9
+DTYPE_CODES = {name: code for code, name in SAFETENSORS_DTYPES.items()}
+Tensors = nn.Module | Sequence[TensorInfo]
+
+
+def native_config(
+    model: str,
+    transformer: TransformerConfig,
+    text_encoder: TextEncoderConfig,
+    vae: VAEConfig,
+    sampling: Mapping[str, Any],
+    quantization: Quantization | None = None,
+) -> dict[str, Any]:
+    """The config.json of the native layout: the official transformer fields, and the rest under "mlx_wan".
+
+    Args:
+        model: a name from `zoo.MODELS`, or any other for a model of one's own.
+        sampling: values for the keys of `zoo.SAMPLING_TYPES`.
+    """
+    extra = {
+        "format": FORMAT,
+        "model": model,
+        "vae": asdict(vae),
+        "text_encoder": asdict(text_encoder),
+        "sampling": dict(sampling),
+    }
+    if quantization is not None:
+        extra["quantization"] = asdict(quantization)
+    return {"_class_name": "WanModel", **asdict(transformer), "mlx_wan": extra}
+
+
+def save_native(
+    folder: str | Path,
+    *,
+    transformer: Tensors,
+    text_encoder: Tensors,
+    vae: Tensors,
+    tokenizer_json: str | Path,
+    config: Mapping[str, Any],
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Writes a model into `folder` (made if needed), replacing a native model that is there.
+
+    Args:
+        transformer, text_encoder, vae: modules, or their tensors under official names and channels last.
+        tokenizer_json: the file to copy.
+        config: from `native_config`.
+        max_shard_bytes: a component larger than this is split into several files with an index.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config_file = folder / "config.json"
+    config_file.unlink(missing_ok=True)
+    remove_tensors(folder)
+    components = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae}
+    for stem, tensors in components.items():
+        write_sharded(folder, stem, as_tensors(tensors), max_shard_bytes)
+    with replacing(folder / "tokenizer.json") as partial:
+        shutil.copyfile(tokenizer_json, partial)
+    with replacing(config_file) as partial:
+        partial.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def remove_tensors(folder: Path) -> None:
+    """Deletes the tensor files of a native model, and nothing else, from `folder`."""
+    for stem in ("transformer", "text_encoder", "vae"):
+        for pattern in (f"{stem}.safetensors", f"{stem}-?????-of-?????.safetensors", f"{stem}{INDEX_SUFFIX}"):
+            for file in folder.glob(pattern):
+                file.unlink()
+
+
+def as_tensors(source: Tensors) -> list[TensorInfo]:
+    """The parameters of a module, or the given tensors, as a list."""
+    if not isinstance(source, nn.Module):
+        return list(source)
+    parameters: dict[str, mx.array] = dict(tree_flatten(source.parameters()))  # pyright: ignore[reportArgumentType]
+    return [array_tensor(name, array) for name, array in parameters.items()]
+
+
+def array_tensor(name: str, array: mx.array) -> TensorInfo:
+    """An array in memory, dressed as a tensor of a file."""
+    dtype = str(array.dtype).removeprefix("mlx.core.").rstrip("_")
+    return TensorInfo(name, tuple(array.shape), dtype, array.nbytes, Path(), lambda: array)
+
+
+def write_sharded(folder: Path, stem: str, tensors: Sequence[TensorInfo], max_shard_bytes: int) -> None:
+    """Writes `stem`.safetensors, or several shards of at most `max_shard_bytes` and their index."""
+    shards: list[list[TensorInfo]] = [[]]
+    for info in tensors:
+        if shards[-1] and sum(other.nbytes for other in shards[-1]) + info.nbytes > max_shard_bytes:
+            shards.append([])
+        shards[-1].append(info)
+    if len(shards) == 1:
+        write_safetensors(folder / f"{stem}.safetensors", shards[0])
+        return
+    weight_map: dict[str, str] = {}
+    for i, shard in enumerate(shards, 1):
+        name = f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors"
+        write_safetensors(folder / name, shard)
+        weight_map |= {info.name: name for info in shard}
+    index = {"metadata": {"total_size": sum(info.nbytes for info in tensors)}, "weight_map": weight_map}
+    with replacing(folder / f"{stem}{INDEX_SUFFIX}") as partial:
+        partial.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def write_safetensors(path: Path, tensors: Sequence[TensorInfo]) -> None:
+    """Writes a .safetensors file, loading and releasing one tensor after the other."""
+    header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
+    position = 0
+    for info in tensors:
+        end = position + math.prod(info.shape) * DTYPES[info.dtype][0]
+        offsets = [position, end]
+        header[info.name] = {"dtype": DTYPE_CODES[info.dtype], "shape": info.shape, "data_offsets": offsets}
+        position = end
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)  # values start at a multiple of 8 bytes
+    with replacing(path) as partial, partial.open("wb") as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        for info in tensors:
+            _values(info).tofile(file)
+
+
+def _values(info: TensorInfo) -> np.ndarray:
+    array = info.load()
+    dtype = str(array.dtype).removeprefix("mlx.core.").rstrip("_")
+    if dtype != info.dtype or tuple(array.shape) != info.shape:
+        raise ValueError(f"{info.name} was announced as {info.dtype} {info.shape}, came as {dtype} {array.shape}")
+    bits = array.view(mx.uint16) if array.dtype == mx.bfloat16 else array
+    return np.array(bits)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path`, which takes its place if the block ends well and vanishes if not."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    except OSError as error:
+        raise WanError(f"{path}: cannot be written: {error.strerror or error}") from error
+    finally:
+        partial.unlink(missing_ok=True)

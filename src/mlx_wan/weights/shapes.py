@@ -1,0 +1,117 @@
+"""Dimensions of a model, read off the shapes of its tensors under their official names.
+
+The official VAE and T5 files carry no configuration, and the transformer's config.json leaves fields out; the shapes
+tell all but the number of attention heads of the transformer.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from mlx_wan.errors import CheckpointError
+
+Shape = tuple[int, ...]
+Shapes = Mapping[str, Shape]
+PATCH_SIZE = (1, 2, 2)  # of every Wan transformer; the official config.json does not say it
+
+
+def transformer_fields(shapes: Shapes, patch_size: Shape = PATCH_SIZE) -> dict[str, Any]:
+    """The fields of a TransformerConfig that shapes determine, from a transformer in either convolution order.
+
+    Raises:
+        CheckpointError: a tensor is missing or cannot be a transformer's.
+    """
+    patch = _shape(shapes, "patch_embedding.weight", 5)
+    if patch[2:] == patch_size:
+        in_dim = patch[1]
+    elif patch[1:4] == patch_size:
+        in_dim = patch[4]
+    else:
+        raise CheckpointError(f"patch_embedding.weight {patch} does not fit the patch size {patch_size}")
+    text_dim = _shape(shapes, "text_embedding.0.weight", 2)[1]
+    return {
+        "patch_size": patch_size,
+        "in_dim": in_dim,
+        "dim": patch[0],
+        "ffn_dim": _shape(shapes, "blocks.0.ffn.0.weight", 2)[0],
+        "freq_dim": _shape(shapes, "time_embedding.0.weight", 2)[1],
+        "text_dim": text_dim,
+        "out_dim": _quotient(shapes, "head.head.weight", math.prod(patch_size)),
+        "num_layers": count(shapes, "blocks."),
+        "qk_norm": "blocks.0.self_attn.norm_q.weight" in shapes,
+        "cross_attn_norm": "blocks.0.norm3.weight" in shapes,
+    }
+
+
+def text_encoder_fields(shapes: Shapes) -> dict[str, Any]:
+    """The fields of a TextEncoderConfig. Raises CheckpointError as `transformer_fields`."""
+    vocab_size, dim = _shape(shapes, "token_embedding.weight", 2)
+    num_buckets, num_heads = _shape(shapes, "blocks.0.pos_embedding.embedding.weight", 2)
+    return {
+        "vocab_size": vocab_size,
+        "dim": dim,
+        "dim_attn": _shape(shapes, "blocks.0.attn.q.weight", 2)[0],
+        "dim_ffn": _shape(shapes, "blocks.0.ffn.fc1.weight", 2)[0],
+        "num_heads": num_heads,
+        "num_layers": count(shapes, "blocks."),
+        "num_buckets": num_buckets,
+    }
+
+
+def vae_fields(shapes: Shapes) -> dict[str, Any]:
+    """The fields of a VAEConfig but for its statistics. Raises CheckpointError as `transformer_fields`."""
+    (dim,) = _shape(shapes, "encoder.conv1.bias", 1)
+    stages = count(shapes, "encoder.downsamples.")
+    last = f"encoder.downsamples.{stages - 1}.downsamples."
+    num_res_blocks = count(shapes, last)  # the last stage has no resampling after its residual blocks
+    mult = tuple(
+        _quotient(shapes, f"encoder.downsamples.{i}.downsamples.0.residual.2.bias", dim) for i in range(stages)
+    )
+    return {
+        "dim": dim,
+        "dec_dim": _quotient(shapes, "decoder.conv1.bias", mult[-1]),
+        "z_dim": _quotient(shapes, "conv1.bias", 2),
+        "dim_mult": mult,
+        "num_res_blocks": num_res_blocks,
+        "temporal_downsample": tuple(
+            f"encoder.downsamples.{i}.downsamples.{num_res_blocks}.time_conv.weight" in shapes
+            for i in range(stages - 1)
+        ),
+    }
+
+
+FIELDS = {"transformer": transformer_fields, "text_encoder": text_encoder_fields, "vae": vae_fields}
+
+
+def count(shapes: Shapes, prefix: str) -> int:
+    """How many numbered parts follow `prefix` in the names; they must be 0, 1, 2, ...
+
+    Raises:
+        CheckpointError: there are none, or gaps.
+    """
+    pattern = re.compile(re.escape(prefix) + r"(\d+)\.")
+    numbers = {int(match[1]) for name in shapes if (match := pattern.match(name))}
+    if not numbers or numbers != set(range(len(numbers))):
+        gap = min(set(range(len(numbers) + 1)) - numbers)
+        raise CheckpointError(f"missing tensors {prefix}{gap}.*")
+    return len(numbers)
+
+
+def _shape(shapes: Shapes, name: str, ndim: int) -> Shape:
+    if name not in shapes:
+        raise CheckpointError(f"missing tensor {name}")
+    shape = shapes[name]
+    if len(shape) != ndim or 0 in shape:
+        raise CheckpointError(f"{name} has the shape {shape}, which has to have {ndim} dimensions")
+    return shape
+
+
+def _quotient(shapes: Shapes, name: str, divisor: int) -> int:
+    """The length of the first dimension of `name`, which `divisor` divides."""
+    if name not in shapes:
+        raise CheckpointError(f"missing tensor {name}")
+    length = shapes[name][0] if shapes[name] else 0
+    if length == 0 or length % divisor:
+        raise CheckpointError(f"{name} has the shape {shapes[name]}; its first dimension must be n × {divisor}")
+    return length // divisor
