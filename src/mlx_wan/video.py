@@ -10,6 +10,7 @@ from typing import Any
 
 import av
 import numpy as np
+from av.error import FFmpegError
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mlx_wan.errors import UserError, WanError
@@ -19,7 +20,7 @@ _CONTAINERS = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska"}
 _BT709 = 1  # the code point of primaries, transfer and matrix in H.264
 _ITU709 = 1  # the same matrix by swscale's own numbering
 _LIMITED_RANGE = 1
-_VIDEO_ERRORS = (OSError, av.FFmpegError, ValueError)
+_VIDEO_ERRORS = (OSError, FFmpegError, ValueError)
 
 
 # --- writing -------------------------------------------------------------------------------------------------
@@ -95,7 +96,7 @@ class VideoWriter:
             for frame in frames:
                 self._container.mux(self._stream.encode(self._to_yuv(frame)))
                 self.frames_written += 1
-        except (OSError, av.FFmpegError) as error:
+        except (OSError, FFmpegError) as error:
             raise self._failed(error) from None
 
     def __exit__(
@@ -156,7 +157,7 @@ def read_video(path: str | Path) -> tuple[np.ndarray, float]:
             for frame in container.decode(stream):
                 turns = round(frame.rotation / 90)  # phones film sideways and note it down
                 frames.append(np.rot90(frame.to_ndarray(format="rgb24"), turns))
-    except (OSError, av.FFmpegError) as error:
+    except (OSError, FFmpegError) as error:
         raise UserError(f"{path}: cannot be read as a video ({_short(error)})") from None
     if not frames or fps <= 0:
         raise UserError(f"{path}: has no frames in it")
@@ -168,7 +169,7 @@ def read_metadata(path: str | Path) -> dict[str, Any] | None:
     try:
         with av.open(str(path)) as container:
             tags = {name.lower(): value for name, value in container.metadata.items()}
-    except (OSError, av.FFmpegError) as error:
+    except (OSError, FFmpegError) as error:
         raise UserError(f"{path}: cannot be read as a video ({_short(error)})") from None
     try:
         facts = json.loads(tags.get("comment", ""))
