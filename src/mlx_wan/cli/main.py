@@ -9,7 +9,6 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from importlib import import_module
-from types import ModuleType
 from typing import Any, NoReturn
 
 import mlx_wan
@@ -69,19 +68,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    parser, parsers, modules = _build()
-    name, rest = _split(arguments)
-    if name not in modules:
-        # No command, an unknown one, or -h: argparse knows what to say.
-        parser.parse_args([name, *rest] if name is not None else ["--help"])
-        return 0
-    known = {_plain(flag): flag for flag in _flags(parsers[name])}
-    args = parsers[name].parse_args([_official(token, known) for token in rest])
-    if name in COMPUTING:
+    command, args = parse(arguments)
+    if command in COMPUTING:
         _check_backend()
-    code = int(modules[name].run(args) or 0)
+    code = int(import_module(COMMANDS[command]).run(args) or 0)
     sys.stdout.flush()  # a closed pipe shows here, where it is handled, instead of at exit
     return code
+
+
+def parse(arguments: Sequence[str]) -> tuple[str, argparse.Namespace]:
+    """The command and its options, without running it; SystemExit as argparse does for --help and mistakes."""
+    parser, parsers = _build()
+    name, rest = _split(list(arguments))
+    if name not in parsers:
+        # No command, an unknown one, or -h: argparse knows what to say, and exits.
+        parser.parse_args(["--help"] if name is None else [name, *rest])
+        raise AssertionError(f"argparse accepted {name}")
+    known = {_plain(flag): flag for flag in _flags(parsers[name])}
+    return name, parsers[name].parse_args([_official(token, known) for token in rest])
 
 
 def _check_backend() -> None:
@@ -91,17 +95,16 @@ def _check_backend() -> None:
             print(f"hint: {advice}", file=sys.stderr)
 
 
-def _build() -> tuple[Parser, dict[str, Parser], dict[str, ModuleType]]:
+def _build() -> tuple[Parser, dict[str, Parser]]:
     parser = Parser(prog="mlx-wan", description="Wan2.2 video generation and training on MLX")
     parser.add_argument("--version", action="version", version=f"mlx-wan {mlx_wan.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    modules = {name: import_module(module) for name, module in COMMANDS.items()}
     parsers: dict[str, Parser] = {}
-    for name, module in modules.items():
-        parsers[name] = module.add_parser(commands)
+    for name, module in COMMANDS.items():
+        parsers[name] = import_module(module).add_parser(commands)
         if "--debug" not in _flags(parsers[name]):
             parsers[name].add_argument("--debug", action="store_true", help="show tracebacks")
-    return parser, parsers, modules
+    return parser, parsers
 
 
 def _split(arguments: list[str]) -> tuple[str | None, list[str]]:
