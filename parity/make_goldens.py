@@ -156,7 +156,45 @@ def runs(wan):
     save("runs", out)
 
 
-GOLDENS = {f.__name__: f for f in (names, tokens, text_encoder, transformer, vae, schedulers, runs)}
+def gradients(wan):
+    """Of sum(output * probe) for each network: up to 32 numbers of every parameter's gradient, spread evenly."""
+    out = {}
+
+    def note(case, parameters, loss):
+        for name, gradient in zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True):
+            out[f"{case}/{name}"] = small.spread(gradient.numpy())
+
+    for part, model in official.small_models(wan).items():
+        model.requires_grad_(True)
+        parameters = dict(model.named_parameters())
+        if part == "transformer":
+            latents = torch.from_numpy(small.random("gradient/latents", (48, 2, 4, 6))).requires_grad_()
+            context = torch.from_numpy(small.random("gradient/context", (512, 64))).requires_grad_()
+            t = torch.tensor([[0.0] * 6 + [640.5] * 6])
+            (result,) = model([latents], t, [context], 12)
+            probe = torch.from_numpy(small.random("gradient/velocity", tuple(result.shape)))
+            note(part, parameters | {"latents": latents, "context": context}, (result * probe).sum())
+        elif part == "text_encoder":
+            ids, mask = (np.load(GOLDEN / "tokens.npz")[f"{k}/64"][2:4] for k in ("ids", "mask"))
+            result = model(torch.from_numpy(ids).long(), torch.from_numpy(mask))
+            probe = torch.from_numpy(small.random("gradient/text", tuple(result.shape)) * mask[..., None])
+            note(part, parameters, (result * probe).sum())
+        else:
+            scale = official.small_vae(wan).scale
+            video = torch.from_numpy(small.random("gradient/video", (1, 3, 9, 32, 48))).requires_grad_()
+            mean = model.encode(video, scale)
+            probe = torch.from_numpy(small.random("gradient/mean", tuple(mean.shape)))
+            used = {k: p for k, p in parameters.items() if k.startswith(("encoder", "conv1"))}
+            note("encode", used | {"video": video}, (mean * probe).sum())
+            latents = torch.from_numpy(small.random("gradient/codes", (1, 48, 3, 2, 3))).requires_grad_()
+            pixels = model.decode(latents, scale)
+            probe = torch.from_numpy(small.random("gradient/pixels", tuple(pixels.shape)))
+            used = {k: p for k, p in parameters.items() if k.startswith(("decoder", "conv2"))}
+            note("decode", used | {"latents": latents}, (pixels * probe).sum())
+    save("gradients", out)
+
+
+GOLDENS = {f.__name__: f for f in (names, tokens, text_encoder, transformer, vae, schedulers, runs, gradients)}
 
 
 def main():

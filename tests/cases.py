@@ -12,11 +12,16 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import small
+from PIL import Image
 
+from mlx_wan.conditioning import best_output_size, image_to_frame
 from mlx_wan.models.transformer import TransformerConfig, WanTransformer
 from mlx_wan.models.umt5 import TextEncoderConfig, UMT5Encoder
 from mlx_wan.models.vae22 import VAEConfig, WanVAE22
+from mlx_wan.sampling import denoise
 from mlx_wan.schedulers import make_scheduler
+from mlx_wan.text import Tokenizer, clean_prompt
+from mlx_wan.zoo import NEGATIVE_PROMPT
 
 GOLDEN = Path(__file__).parent / "golden"
 Pair = tuple[str, np.ndarray, np.ndarray]  # label, ours, the reference's
@@ -118,3 +123,36 @@ def scheduler(run: str) -> Iterator[Pair]:
         velocity = mx.sin(1.7 * x + float(t) / 500) - 0.3 * x
         x, state = sampler.step(velocity, x, state)
         yield f"{run} step {i}", np.array(x), stored[f"{run}/latents"][i]
+
+
+def negative_prompt(task: str) -> str:
+    return small.I2V_NEGATIVE_PROMPT if task == "i2v" else NEGATIVE_PROMPT
+
+
+def run(task: str, solver: str) -> Iterator[Pair]:
+    """A whole run, stage by stage, each working on what ours made before: text, latents, frames."""
+    stored, settings = golden("runs"), small.RUN
+    contexts = []
+    for name, prompt in {"context": small.RUN_PROMPT, "context_null": negative_prompt(task)}.items():
+        ids, mask = Tokenizer(GOLDEN / "tokenizer.json")(clean_prompt(prompt))
+        embedded = load_small("text_encoder")(mx.array(ids), mx.array(mask))
+        yield f"{name} ({mask.sum()} tokens)", np.array(embedded)[0, : mask.sum()], stored[f"{task}/{solver}/{name}"]
+        contexts.append(embedded * mx.array(mask)[..., None])
+    vae, first = load_small("vae"), None
+    if task == "i2v":
+        picture = Image.fromarray(small.picture())
+        area = settings["width"] * settings["height"]
+        width, height = best_output_size(*picture.size, 32, 32, area)
+        first = vae.encode(mx.array(image_to_frame(picture, width, height)))
+    steps = denoise(
+        load_small("transformer"),
+        make_scheduler(solver, settings["num_inference_steps"], settings["shift"]),
+        mx.array(stored[f"{task}/noise"]),
+        *contexts,
+        settings["guidance_scale"],
+        first,
+    )
+    latents = None
+    for i, (latents, want) in enumerate(zip(steps, stored[f"{task}/{solver}/latents"], strict=True)):
+        yield f"latents after step {i + 1}", np.array(latents)[0], want
+    yield "frames", np.array(vae.decode(latents))[0, :, ::4, ::4], stored[f"{task}/{solver}/frames"]

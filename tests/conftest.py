@@ -1,1 +1,7 @@
-"""Its being here puts this folder on the import path: `import small`, `import cases` from any test."""
+"""Its being here also puts this folder on the import path: `import small`, `import cases` from any test."""
+
+import mlx_wan  # noqa: F401  before mlx.core: it chooses the BLAS
+
+import mlx.core as mx  # isort: skip
+
+mx.set_default_device(mx.cpu)  # the golden numbers are compared in float32, which a GPU may round further

@@ -94,6 +94,12 @@ def weight(component: str, name: str, shape: tuple[int, ...]) -> np.ndarray:
     return values
 
 
+def spread(array: np.ndarray, count: int = 32) -> np.ndarray:
+    """At most `count` of its numbers, evenly spread over its flat order."""
+    flat = array.reshape(-1)
+    return flat[np.linspace(0, flat.size - 1, min(count, flat.size)).astype(int)]
+
+
 def video(name: str, frames: int, height: int, width: int) -> np.ndarray:
     """(1, frames, height, width, 3) in [-1, 1]: drifting stripes with some noise."""
     t, y, x = np.meshgrid(np.arange(frames), np.arange(height), np.arange(width), indexing="ij")
