@@ -8,10 +8,11 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_wan.errors import UserError
+from mlx_wan.weights.fit import component_tensors
 from mlx_wan.weights.identify import COMPONENTS
-from mlx_wan.weights.load import component_tensors, locate
+from mlx_wan.weights.locate import locate
 from mlx_wan.weights.quantize import Quantization, quantize_tensors
-from mlx_wan.weights.save import MAX_SHARD_BYTES, native_config, remove_tensors, save_native
+from mlx_wan.weights.save import MAX_SHARD_BYTES, native_config, remove_tensors, write_native
 from mlx_wan.weights.tensors import TensorInfo
 
 
@@ -25,7 +26,7 @@ def convert(
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Path:
-    """Writes the checkpoint `src` (anything `load.locate` takes) to the folder `dst` in the native layout.
+    """Writes the checkpoint `src` (anything `locate` takes) to the folder `dst` in the native layout.
 
     Args:
         dtype: of the matrices; None leaves each as it is stored. The VAE and the parts of the transformer that
@@ -39,7 +40,7 @@ def convert(
 
     Raises:
         UserError: bad options, or a `dst` that is not empty, not writable, or has too little space.
-        CheckpointError: a bad `src`, as `load.locate`.
+        CheckpointError: a bad `src`, as `locate`.
     """
     dst = Path(dst).expanduser()
     how = None if bits is None else Quantization(bits, group_size)
@@ -52,21 +53,16 @@ def convert(
         parts = {name: quantize_tensors(tensors, name, how) for name, tensors in parts.items()}
     config = native_config(
         checkpoint.spec.name,
-        checkpoint.transformer_config,
-        checkpoint.text_encoder_config,
-        checkpoint.vae_config,
-        checkpoint.spec.sampling(),
-        how,
+        transformer=checkpoint.transformer_config,
+        text_encoder=checkpoint.text_encoder_config,
+        vae=checkpoint.vae_config,
+        sampling=checkpoint.spec.sampling(),
+        quantization=how,
     )
     partial = _make_partial(dst, sum(info.nbytes for tensors in parts.values() for info in tensors))
     try:
-        save_native(
-            partial,
-            **{name: _released(tensors) for name, tensors in parts.items()},
-            tokenizer_json=checkpoint.tokenizer,
-            config=config,
-            max_shard_bytes=max_shard_bytes,
-        )
+        parts = {name: _released(tensors) for name, tensors in parts.items()}
+        write_native(partial, parts, checkpoint.tokenizer, config, max_shard_bytes)
         _move(partial, dst)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

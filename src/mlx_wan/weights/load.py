@@ -1,53 +1,21 @@
 """Builds the modules of a checkpoint and fills them, strictly: every tensor of one is a tensor of the other."""
 
-from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
-from mlx_wan.errors import CheckpointError
-from mlx_wan.models.transformer import FLOAT32_PARAMETERS, WanTransformer
+from mlx_wan.models.transformer import WanTransformer
 from mlx_wan.models.umt5 import UMT5Encoder
 from mlx_wan.models.vae22 import WanVAE22
-from mlx_wan.weights.identify import COMPONENTS, LABELS
-from mlx_wan.weights.layouts import plan_turns, turn
-from mlx_wan.weights.locate import Checkpoint, Component, find
-from mlx_wan.weights.quantize import quantize_module
-from mlx_wan.weights.tensors import DTYPES, TensorInfo
+from mlx_wan.weights.checkpoint import Checkpoint
+from mlx_wan.weights.fit import fit_tensors
+from mlx_wan.weights.locate import locate
 
-__all__ = [
-    "Checkpoint",
-    "component_tensors",
-    "load_text_encoder",
-    "load_transformer",
-    "load_vae",
-    "locate",
-    "tokenizer_path",
-]
+__all__ = ["Checkpoint", "load_text_encoder", "load_transformer", "load_vae", "locate", "tokenizer_path"]
 
 Module = TypeVar("Module", bound=nn.Module)
-SHOWN = 4  # tensors listed of each kind in an error
-
-
-def locate(where: str | Path) -> Checkpoint:
-    """The checkpoint in a folder, of a Hub id ("Wan-AI/Wan2.2-TI2V-5B") or "tiny", the one in this package.
-
-    Reads headers alone, and finds all that can be wrong with them, so that nobody waits for gigabytes to be read
-    first. A Hub id downloads what is not in the cache yet.
-
-    Raises:
-        UserError: no such folder, or not a folder.
-        CheckpointError: files are missing, damaged, of another model or contradict config.json; tensors are
-            missing, unexpected, misshapen or of a type that cannot be loaded.
-    """
-    checkpoint = find(where)
-    for component in COMPONENTS:
-        component_tensors(checkpoint, component, None)
-    return checkpoint
 
 
 def load_transformer(checkpoint: Checkpoint, dtype: mx.Dtype) -> WanTransformer:
@@ -75,104 +43,11 @@ def tokenizer_path(checkpoint: Checkpoint) -> Path:
     return checkpoint.tokenizer
 
 
-def component_tensors(checkpoint: Checkpoint, component: str, dtype: mx.Dtype | None) -> list[TensorInfo]:
-    """The tensors of "transformer", "text_encoder" or "vae" as its module takes them, each read when asked for.
-
-    Official names, channels last, types by the policy of the `load_*` functions, or as stored where `dtype` is
-    None (but for what is always float32). Raises as `locate`.
-    """
-    modules = {
-        "transformer": lambda: WanTransformer(checkpoint.transformer_config),
-        "text_encoder": lambda: UMT5Encoder(checkpoint.text_encoder_config),
-        "vae": lambda: WanVAE22(checkpoint.vae_config),
-    }
-    return _fit(checkpoint, component, modules[component](), dtype)
-
-
 def _fill(checkpoint: Checkpoint, component: str, module: Module, dtype: mx.Dtype) -> Module:
     weights = []
-    for info in _fit(checkpoint, component, module, dtype):
+    for info in fit_tensors(checkpoint, component, module, dtype):
         array = info.load()
         mx.eval(array)  # one by one: the peak stays one tensor above the final size
         weights.append((info.name, array))
     module.load_weights(weights, strict=True)
     return module
-
-
-def _fit(checkpoint: Checkpoint, component: str, module: nn.Module, dtype: mx.Dtype | None) -> list[TensorInfo]:
-    """The component's tensors made to fit `module`, whose matrices get packed first where the checkpoint's are.
-
-    The module's own random values are never computed: MLX makes them when they are needed, and they are not.
-    """
-    part: Component = getattr(checkpoint, component)
-    if checkpoint.quantization is not None:
-        quantize_module(module, component, checkpoint.quantization)
-    parameters: dict[str, mx.array] = dict(tree_flatten(module.parameters()))
-    wanted = {name: tuple(array.shape) for name, array in parameters.items()}
-    found = {name: info.shape for name, info in part.tensors.items()}
-    try:
-        plan = plan_turns(found, wanted, checkpoint.layout.usual)
-    except CheckpointError as error:
-        raise CheckpointError(f"{part.path}: {error}") from error
-    _check(part, component, parameters, plan)
-    return [
-        _fitted(info, name, plan[name], wanted[name], _target(component, name, info, dtype))
-        for name, info in part.tensors.items()
-    ]
-
-
-def _check(part: Component, component: str, parameters: Mapping[str, mx.array], plan: Mapping[str, str]) -> None:
-    problems = {
-        "missing": [name for name in parameters if name not in part.tensors],
-        "unexpected": [name for name in part.tensors if name not in parameters],
-        "misshapen": [
-            f"{name} {info.shape} instead of {tuple(parameters[name].shape)}"
-            for name, info in part.tensors.items()
-            if name in parameters and name not in plan
-        ],
-        "of a wrong type": [
-            f"{name} {info.dtype}"
-            for name, info in part.tensors.items()
-            if name in parameters and not _loadable(info, parameters[name])
-        ],
-    }
-    lines = []
-    for problem, names in problems.items():
-        if names:
-            more = f", and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-            lines.append(f"{len(names)} {problem} ({', '.join(names[:SHOWN])}{more})")
-    if lines:
-        raise CheckpointError(f"{part.path}: does not fit the {LABELS[component]}: {'; '.join(lines)}")
-
-
-def _loadable(info: TensorInfo, parameter: mx.array) -> bool:
-    """Floats for floats (those this package can read), packed integers for packed integers."""
-    stored = DTYPES[info.dtype][2]
-    if stored is None:
-        return False
-    if mx.issubdtype(parameter.dtype, mx.floating):
-        return mx.issubdtype(stored, mx.floating)
-    return stored == parameter.dtype
-
-
-def _target(component: str, name: str, info: TensorInfo, dtype: mx.Dtype | None) -> mx.Dtype:
-    stored = DTYPES[info.dtype][2]
-    assert stored is not None  # _check has seen to it
-    if not mx.issubdtype(stored, mx.floating):
-        return stored
-    always = component == "transformer" and any(fragment in name for fragment in FLOAT32_PARAMETERS)
-    if always or component == "vae":
-        return mx.float32
-    return dtype or stored
-
-
-def _fitted(info: TensorInfo, name: str, way: str, shape: tuple[int, ...], dtype: mx.Dtype) -> TensorInfo:
-    type_name = str(dtype).removeprefix("mlx.core.")
-    size = DTYPES[type_name][0]
-    count = info.nbytes // DTYPES[info.dtype][0]
-    load = info.load
-
-    def fitted() -> mx.array:
-        return turn(load(), way, shape).astype(dtype)
-
-    return replace(info, name=name, shape=shape, dtype=type_name, nbytes=count * size, load=fitted)

@@ -4,7 +4,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,110 +12,30 @@ from mlx_wan.errors import CheckpointError, UserError, WanError
 from mlx_wan.models.transformer import TransformerConfig
 from mlx_wan.models.umt5 import TextEncoderConfig
 from mlx_wan.models.vae22 import VAEConfig
+from mlx_wan.weights.checkpoint import LAYOUTS, NATIVE, OFFICIAL, WAN22_MLX, Checkpoint, Component, Layout
 from mlx_wan.weights.files import INDEX_SUFFIX, TENSOR_SUFFIXES, read_index, read_tensors
-from mlx_wan.weights.identify import COMPONENTS, LABELS, Identity, identify
-from mlx_wan.weights.layouts import KEEP, TURN, official_names
+from mlx_wan.weights.fit import component_tensors
+from mlx_wan.weights.identify import COMPONENTS, LABELS, identify
+from mlx_wan.weights.layouts import official_names
 from mlx_wan.weights.quantize import Quantization
 from mlx_wan.weights.shapes import PATCH_SIZE, text_encoder_fields, transformer_fields, vae_fields
-from mlx_wan.weights.tensors import TensorInfo
 from mlx_wan.zoo import LATENTS_MEAN, LATENTS_STD, MODELS, RELEASES, SAMPLING_TYPES, ModelSpec
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "embedded"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Where a kind of checkpoint folder keeps what.
+def locate(where: str | Path) -> Checkpoint:
+    """The checkpoint in a folder, of a Hub id ("Wan-AI/Wan2.2-TI2V-5B") or "tiny", the one in this package.
 
-    Attributes:
-        files: component or "tokenizer" -> its file, relative to the folder; the first name that exists counts.
-        usual: order of its convolutions where shapes do not tell (`layouts.KEEP` or `TURN`), None if unknown.
+    Reads headers alone, and finds all that can be wrong with them, so that nobody waits for gigabytes to be read
+    first. A Hub id downloads what is not in the cache yet.
+
+    Raises:
+        UserError: no such folder, or not a folder.
+        CheckpointError: files are missing, damaged, of another model or contradict config.json; tensors are
+            missing, unexpected, misshapen or of a type that cannot be loaded.
     """
-
-    name: str
-    files: Mapping[str, tuple[str, ...]]
-    usual: str | None
-
-
-def _files(transformer: str, text_encoder: tuple[str, ...], vae: tuple[str, ...], tokenizer: str) -> dict:
-    return {
-        "transformer": (f"{transformer}.safetensors", f"{transformer}{INDEX_SUFFIX}"),
-        "text_encoder": text_encoder,
-        "vae": vae,
-        "tokenizer": (tokenizer,),
-    }
-
-
-NATIVE = Layout(
-    "native",
-    _files(
-        "transformer",
-        ("text_encoder.safetensors", f"text_encoder{INDEX_SUFFIX}"),
-        ("vae.safetensors", f"vae{INDEX_SUFFIX}"),
-        "tokenizer.json",
-    ),
-    KEEP,
-)
-UMT5_TOKENIZER = "google/umt5-xxl/tokenizer.json"
-WAN22_MLX = Layout(
-    "Wan2.2-mlx",
-    _files("wan_model_mlx", ("t5_encoder_mlx.safetensors",), ("vae_mlx.safetensors",), UMT5_TOKENIZER),
-    None,
-)
-OFFICIAL = Layout(
-    "official",
-    _files(
-        "diffusion_pytorch_model",
-        ("models_t5_umt5-xxl-enc-bf16.pth", "models_t5_umt5-xxl-enc-bf16.safetensors"),
-        ("Wan2.2_VAE.pth", "Wan2.2_VAE.safetensors"),
-        UMT5_TOKENIZER,
-    ),
-    TURN,
-)
-LAYOUTS = (NATIVE, WAN22_MLX, OFFICIAL)
-
-
-@dataclass(frozen=True)
-class Component:
-    """One part of a checkpoint: its file (or index of shards) and its tensors by official name."""
-
-    path: Path
-    tensors: Mapping[str, TensorInfo]
-    identity: Identity
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint whose headers are in order.
-
-    Attributes:
-        layout: which files it is made of.
-        folder: where it is.
-        config: its config.json.
-        spec: how the model is sampled by default.
-        transformer, text_encoder, vae: its parts.
-        tokenizer: its tokenizer.json.
-        *_config: dimensions of the parts.
-        quantization: how its matrices are packed; None if they are not.
-    """
-
-    layout: Layout
-    folder: Path
-    config: Mapping[str, Any]
-    spec: ModelSpec
-    transformer: Component
-    text_encoder: Component
-    vae: Component
-    tokenizer: Path
-    transformer_config: TransformerConfig
-    text_encoder_config: TextEncoderConfig
-    vae_config: VAEConfig
-    quantization: Quantization | None = None
-
-
-def find(where: str | Path) -> Checkpoint:
-    """What `load.locate` says, but for the comparison of single tensors with the modules."""
     if str(where) == "tiny":
         return _read_folder(EMBEDDED)
     folder = Path(where).expanduser()
@@ -217,7 +137,7 @@ def _missing_message(folder: Path, layout: Layout, missing: list[str]) -> str:
                 identity = identify({name: info.shape for name, info in read_tensors(file).items()})
             except CheckpointError:
                 continue
-            if not identity.runs:
+            if not identity.runs and identity.component != "unknown":
                 strangers.append(f"{file.name} is {identity.model}")
     hint = f" (but {'; '.join(strangers)})" if strangers else ""
     return f"{folder}: incomplete {layout.name} checkpoint, missing: {', '.join(missing)}{hint}"
@@ -238,7 +158,7 @@ def _read_folder(folder: Path) -> Checkpoint:
     text_encoder = _text_encoder_config(config_file, extra.get("text_encoder"), parts["text_encoder"])
     vae = _vae_config(config_file, extra.get("vae"), parts["vae"])
     _check_fit(folder, transformer, text_encoder, vae)
-    return Checkpoint(
+    checkpoint = Checkpoint(
         layout=layout,
         folder=folder,
         config=config,
@@ -250,6 +170,9 @@ def _read_folder(folder: Path) -> Checkpoint:
         vae_config=vae,
         quantization=Quantization.from_config(extra["quantization"]) if "quantization" in extra else None,
     )
+    for component in COMPONENTS:
+        component_tensors(checkpoint, component, None)
+    return checkpoint
 
 
 def _read_component(path: Path, component: str) -> Component:
@@ -277,7 +200,11 @@ def _agree(path: Path, given: Mapping[str, Any], found: Mapping[str, Any], tenso
 
 
 def _transformer_config(path: Path, config: Mapping[str, Any], part: Component) -> TransformerConfig:
-    patch_size = tuple(config.get("patch_size", PATCH_SIZE))
+    patch_size = config.get("patch_size", PATCH_SIZE)
+    try:
+        patch_size = tuple(map(int, patch_size))
+    except (TypeError, ValueError):
+        raise CheckpointError(f"{path}: patch_size cannot be {patch_size!r}") from None
     try:
         found = transformer_fields(_shapes(part), patch_size)
     except CheckpointError as error:

@@ -9,7 +9,6 @@ import contextlib
 import json
 import math
 import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -21,33 +20,64 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_wan.errors import WanError
-from mlx_wan.models.transformer import TransformerConfig
-from mlx_wan.models.umt5 import TextEncoderConfig
-from mlx_wan.models.vae22 import VAEConfig
+from mlx_wan.models.transformer import TransformerConfig, WanTransformer
+from mlx_wan.models.umt5 import TextEncoderConfig, UMT5Encoder
+from mlx_wan.models.vae22 import VAEConfig, WanVAE22
 from mlx_wan.weights.files import INDEX_SUFFIX, SAFETENSORS_DTYPES
 from mlx_wan.weights.quantize import Quantization
-from mlx_wan.weights.tensors import DTYPES, TensorInfo
+from mlx_wan.weights.tensors import DTYPES, TensorInfo, dtype_name
+from mlx_wan.zoo import SAMPLING_TYPES
 
 FORMAT = 1
 MAX_SHARD_BYTES = 5 * 10**9
 DTYPE_CODES = {name: code for code, name in SAFETENSORS_DTYPES.items()}
-Tensors = nn.Module | Sequence[TensorInfo]
+
+
+def save_native(
+    folder: str | Path,
+    *,
+    model: str,
+    transformer: WanTransformer,
+    text_encoder: UMT5Encoder,
+    vae: WanVAE22,
+    tokenizer_json: str | Path,
+    sampling: Mapping[str, Any],
+    dtype: mx.Dtype | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Writes modules into `folder` (made if needed), replacing a native model that is there.
+
+    Args:
+        model: a name from `zoo.MODELS`, or any other for a model of one's own.
+        tokenizer_json: the tokenizer as text, or the Path of its file.
+        sampling: how to sample it by default: values for keys of `zoo.SAMPLING_TYPES`.
+        dtype: that floats are stored in; None keeps each parameter's own.
+        max_shard_bytes: a component larger than this is split into several files with an index.
+    """
+    modules: dict[str, nn.Module] = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae}
+    config = native_config(
+        model,
+        transformer=transformer.config,
+        text_encoder=text_encoder.config,
+        vae=vae.config,
+        sampling=sampling,
+    )
+    parts = {name: module_tensors(module, dtype) for name, module in modules.items()}
+    write_native(Path(folder), parts, tokenizer_json, config, max_shard_bytes)
 
 
 def native_config(
     model: str,
+    *,
     transformer: TransformerConfig,
     text_encoder: TextEncoderConfig,
     vae: VAEConfig,
     sampling: Mapping[str, Any],
     quantization: Quantization | None = None,
 ) -> dict[str, Any]:
-    """The config.json of the native layout: the official transformer fields, and the rest under "mlx_wan".
-
-    Args:
-        model: a name from `zoo.MODELS`, or any other for a model of one's own.
-        sampling: values for the keys of `zoo.SAMPLING_TYPES`.
-    """
+    """The config.json of the native layout: the official transformer fields, and the rest under "mlx_wan"."""
+    if unknown := sampling.keys() - SAMPLING_TYPES.keys():
+        raise ValueError(f"unknown sampling settings: {', '.join(sorted(unknown))}")
     extra = {
         "format": FORMAT,
         "model": model,
@@ -60,36 +90,32 @@ def native_config(
     return {"_class_name": "WanModel", **asdict(transformer), "mlx_wan": extra}
 
 
-def save_native(
-    folder: str | Path,
-    *,
-    transformer: Tensors,
-    text_encoder: Tensors,
-    vae: Tensors,
+def write_native(
+    folder: Path,
+    parts: Mapping[str, Sequence[TensorInfo]],
     tokenizer_json: str | Path,
     config: Mapping[str, Any],
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Writes a model into `folder` (made if needed), replacing a native model that is there.
-
-    Args:
-        transformer, text_encoder, vae: modules, or their tensors under official names and channels last.
-        tokenizer_json: the file to copy.
-        config: from `native_config`.
-        max_shard_bytes: a component larger than this is split into several files with an index.
-    """
-    folder = Path(folder)
+    """`save_native` for tensors that need not be in memory: component name -> tensors as its module takes them."""
     folder.mkdir(parents=True, exist_ok=True)
     config_file = folder / "config.json"
     config_file.unlink(missing_ok=True)
     remove_tensors(folder)
-    components = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae}
-    for stem, tensors in components.items():
-        write_sharded(folder, stem, as_tensors(tensors), max_shard_bytes)
-    with replacing(folder / "tokenizer.json") as partial:
-        shutil.copyfile(tokenizer_json, partial)
-    with replacing(config_file) as partial:
-        partial.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    for stem, tensors in parts.items():
+        write_sharded(folder, stem, tensors, max_shard_bytes)
+    tokenizer = tokenizer_json.read_bytes() if isinstance(tokenizer_json, Path) else tokenizer_json.encode()
+    _write(folder / "tokenizer.json", tokenizer)
+    _write(config_file, _json(config))
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _write(path: Path, data: bytes) -> None:
+    with replacing(path) as partial:
+        partial.write_bytes(data)
 
 
 def remove_tensors(folder: Path) -> None:
@@ -100,18 +126,16 @@ def remove_tensors(folder: Path) -> None:
                 file.unlink()
 
 
-def as_tensors(source: Tensors) -> list[TensorInfo]:
-    """The parameters of a module, or the given tensors, as a list."""
-    if not isinstance(source, nn.Module):
-        return list(source)
-    parameters: dict[str, mx.array] = dict(tree_flatten(source.parameters()))  # pyright: ignore[reportArgumentType]
-    return [array_tensor(name, array) for name, array in parameters.items()]
+def module_tensors(module: nn.Module, dtype: mx.Dtype | None = None) -> list[TensorInfo]:
+    """The parameters of a module dressed as tensors of a file, floats in `dtype` if one is given."""
+    parameters: dict[str, mx.array] = dict(tree_flatten(module.parameters()))  # pyright: ignore[reportArgumentType]
+    return [_parameter(name, array, dtype) for name, array in parameters.items()]
 
 
-def array_tensor(name: str, array: mx.array) -> TensorInfo:
-    """An array in memory, dressed as a tensor of a file."""
-    dtype = str(array.dtype).removeprefix("mlx.core.").rstrip("_")
-    return TensorInfo(name, tuple(array.shape), dtype, array.nbytes, Path(), lambda: array)
+def _parameter(name: str, array: mx.array, dtype: mx.Dtype | None) -> TensorInfo:
+    target = dtype if dtype is not None and mx.issubdtype(array.dtype, mx.floating) else array.dtype
+    nbytes = array.size * target.size
+    return TensorInfo(name, tuple(array.shape), dtype_name(target), nbytes, Path(), lambda: array.astype(target))
 
 
 def write_sharded(folder: Path, stem: str, tensors: Sequence[TensorInfo], max_shard_bytes: int) -> None:
@@ -130,8 +154,7 @@ def write_sharded(folder: Path, stem: str, tensors: Sequence[TensorInfo], max_sh
         write_safetensors(folder / name, shard)
         weight_map |= {info.name: name for info in shard}
     index = {"metadata": {"total_size": sum(info.nbytes for info in tensors)}, "weight_map": weight_map}
-    with replacing(folder / f"{stem}{INDEX_SUFFIX}") as partial:
-        partial.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    _write(folder / f"{stem}{INDEX_SUFFIX}", _json(index))
 
 
 def write_safetensors(path: Path, tensors: Sequence[TensorInfo]) -> None:
@@ -153,7 +176,7 @@ def write_safetensors(path: Path, tensors: Sequence[TensorInfo]) -> None:
 
 def _values(info: TensorInfo) -> np.ndarray:
     array = info.load()
-    dtype = str(array.dtype).removeprefix("mlx.core.").rstrip("_")
+    dtype = dtype_name(array.dtype)
     if dtype != info.dtype or tuple(array.shape) != info.shape:
         raise ValueError(f"{info.name} was announced as {info.dtype} {info.shape}, came as {dtype} {array.shape}")
     bits = array.view(mx.uint16) if array.dtype == mx.bfloat16 else array

@@ -70,6 +70,7 @@ def vae_fields(shapes: Shapes) -> dict[str, Any]:
     )
     return {
         "dim": dim,
+        "patch_size": math.isqrt(_quotient(shapes, "decoder.head.2.bias", 3)),  # RGB times patch squared
         "dec_dim": _quotient(shapes, "decoder.conv1.bias", mult[-1]),
         "z_dim": _quotient(shapes, "conv1.bias", 2),
         "dim_mult": mult,

@@ -101,6 +101,11 @@ def _read(
     return array.view(mlx_dtype) if dtype == "bfloat16" else array
 
 
+def dtype_name(dtype: mx.Dtype) -> str:
+    """The key of `DTYPES` for a type of MLX."""
+    return str(dtype).removeprefix("mlx.core.").rstrip("_")
+
+
 def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Strides, in elements, of an array without gaps whose last dimension runs fastest."""
     return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))

@@ -1,0 +1,443 @@
+"""Checkpoints of every layout, found, checked and loaded."""
+
+import json
+import sys
+import types
+from dataclasses import fields, replace
+
+import cases
+import mlx.core as mx
+import pytest
+import small
+from mlx.utils import tree_flatten
+
+from mlx_wan.errors import CheckpointError, UserError
+from mlx_wan.models.transformer import FLOAT32_PARAMETERS
+from mlx_wan.weights import locate as locating
+from mlx_wan.weights.load import load_text_encoder, load_transformer, load_vae, locate, tokenizer_path
+from mlx_wan.weights.save import save_native
+from mlx_wan.weights.shapes import text_encoder_fields, transformer_fields, vae_fields
+from mlx_wan.zoo import LATENTS_MEAN, LATENTS_STD, MODELS
+
+from . import checkpoints
+from .torch_files import save_pth
+
+LAYOUTS = {
+    "official": checkpoints.write_official,
+    "shards": lambda folder: checkpoints.write_official(folder, shards=3),
+    "mlx": checkpoints.write_wan22_mlx,
+    "mlx-turned": lambda folder: checkpoints.write_wan22_mlx(folder, turned=True),
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return checkpoints.write_official(tmp_path / "model")
+
+
+def modules(checkpoint, dtype=mx.float32):
+    return {
+        "transformer": load_transformer(checkpoint, dtype),
+        "text_encoder": load_text_encoder(checkpoint, dtype),
+        "vae": load_vae(checkpoint),
+    }
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_gives_the_same_modules(tmp_path, layout):
+    checkpoint = locate(LAYOUTS[layout](tmp_path / "model"))
+    for part, module in modules(checkpoint).items():
+        got, want = dict(tree_flatten(module.parameters())), checkpoints.native(part)
+        assert got.keys() == want.keys()
+        assert all(mx.array_equal(got[name], want[name]) for name in want)
+
+
+def test_dimensions_are_read_off_the_tensors(folder):
+    checkpoint = locate(folder)
+    want = {**small.TRANSFORMER}
+    assert {
+        f.name: getattr(checkpoint.transformer_config, f.name) for f in fields(checkpoint.transformer_config)
+    } == want
+    assert vars(checkpoint.text_encoder_config) == small.TEXT_ENCODER
+    vae = replace(checkpoint.vae_config, latents_mean=(), latents_std=())
+    assert vars(vae) == {"patch_size": 2, **small.VAE, "latents_mean": (), "latents_std": ()}
+    assert (checkpoint.vae_config.latents_mean, checkpoint.vae_config.latents_std) == (LATENTS_MEAN, LATENTS_STD)
+    assert checkpoint.spec.name == "custom"
+    assert checkpoint.spec.negative_prompt == MODELS["ti2v-5B"].negative_prompt
+    assert tokenizer_path(checkpoint).read_text() == checkpoints.TOKENIZER
+
+
+def test_the_policy_of_types(folder):
+    loaded = modules(locate(folder), mx.bfloat16)
+    for name, array in tree_flatten(loaded["transformer"].parameters()):
+        exact = any(fragment in name for fragment in FLOAT32_PARAMETERS)
+        assert array.dtype == (mx.float32 if exact else mx.bfloat16), name
+    assert {a.dtype for _, a in tree_flatten(loaded["text_encoder"].parameters())} == {mx.bfloat16}
+    assert {a.dtype for _, a in tree_flatten(loaded["vae"].parameters())} == {mx.float32}
+    assert loaded["transformer"].dtype == mx.bfloat16
+
+
+def test_bfloat16_files_load_as_float32(tmp_path):
+    checkpoint = locate(checkpoints.write_official(tmp_path / "model", dtype=mx.bfloat16))
+    got = dict(tree_flatten(load_transformer(checkpoint, mx.float32).parameters()))
+    for name, want in checkpoints.native("transformer").items():
+        assert got[name].dtype == mx.float32
+        assert mx.array_equal(got[name], want.astype(mx.bfloat16).astype(mx.float32))
+
+
+def test_a_vae_of_another_width_has_no_statistics(tmp_path):
+    folder = checkpoints.write_official(tmp_path / "model")
+    narrow_model(folder)
+    checkpoint = locate(folder)
+    assert checkpoint.vae_config.z_dim == 2
+    assert checkpoint.vae_config.latents_mean == (0.0, 0.0)
+    assert checkpoint.vae_config.latents_std == (1.0, 1.0)
+    assert load_transformer(checkpoint, mx.float32).config.in_dim == 2
+
+
+def narrow_model(folder) -> None:
+    """Cuts the latents of a checkpoint down to two channels."""
+    vae = checkpoints.official("vae")
+    vae["conv1.weight"], vae["conv1.bias"] = vae["conv1.weight"][:4, :4], vae["conv1.bias"][:4]
+    vae["conv2.weight"], vae["conv2.bias"] = vae["conv2.weight"][:2, :2], vae["conv2.bias"][:2]
+    vae["encoder.head.2.weight"], vae["encoder.head.2.bias"] = (
+        vae["encoder.head.2.weight"][:4],
+        vae["encoder.head.2.bias"][:4],
+    )
+    vae["decoder.conv1.weight"] = vae["decoder.conv1.weight"][:, :2]
+    save_pth(folder / "Wan2.2_VAE.pth", vae)
+    transformer = checkpoints.official("transformer")
+    transformer["patch_embedding.weight"] = transformer["patch_embedding.weight"][:, :2]
+    transformer["head.head.weight"], transformer["head.head.bias"] = (
+        transformer["head.head.weight"][:8],
+        transformer["head.head.bias"][:8],
+    )
+    checkpoints.save_safetensors(folder / "diffusion_pytorch_model.safetensors", transformer)
+    checkpoints.edit_json(folder / "config.json", in_dim=2, out_dim=2)
+
+
+# --- native ---------------------------------------------------------------------------------------------------
+
+
+def save(folder, source, **options):
+    sampling = {"width": 64, "height": 32, "num_frames": 5, "fps": 8, "guidance_scale": 2, "scheduler": "euler"}
+    options = {"model": "mine", "tokenizer_json": checkpoints.TOKENIZER, "sampling": sampling, **options}
+    save_native(folder, **modules(locate(source)), **options)
+    return folder
+
+
+def test_native_there_and_back(tmp_path, folder):
+    checkpoint = locate(save(tmp_path / "native", folder))
+    assert checkpoint.layout.name == "native"
+    spec = checkpoint.spec
+    assert (spec.name, spec.width, spec.fps, spec.guidance_scale, spec.scheduler) == ("mine", 64, 8, 2, "euler")
+    assert spec.num_inference_steps == MODELS["ti2v-5B"].num_inference_steps
+    for part, module in modules(checkpoint).items():
+        got, want = dict(tree_flatten(module.parameters())), checkpoints.native(part)
+        assert all(mx.array_equal(got[name], want[name]) for name in want)
+
+
+def test_native_in_shards_and_bfloat16(tmp_path, folder):
+    native = save(tmp_path / "native", folder, dtype=mx.bfloat16, max_shard_bytes=200_000)
+    shards = sorted(file.name for file in native.glob("transformer-*"))
+    assert len(shards) > 1
+    assert shards[0] == f"transformer-00001-of-{len(shards):05d}.safetensors"
+    assert all(file.stat().st_size < 230_000 for file in native.glob("transformer-*"))
+    for name, array in tree_flatten(load_transformer(locate(native), mx.float32).parameters()):
+        want = checkpoints.native("transformer")[name].astype(mx.bfloat16).astype(mx.float32)
+        assert mx.array_equal(array, want)
+    # A later, smaller model leaves nothing of these shards behind.
+    save(native, folder)
+    assert not list(native.glob("transformer-*"))
+    assert not list(native.glob(".*"))
+    locate(native)
+
+
+def test_mlx_reads_what_we_write(tmp_path, folder):
+    native = save(tmp_path / "native", folder)
+    loaded = mx.load(str(native / "vae.safetensors"))
+    want = checkpoints.native("vae")
+    assert loaded.keys() == want.keys()
+    assert all(mx.array_equal(loaded[name], want[name]) for name in want)
+
+
+def test_a_failed_save_is_recognised_as_half_written(tmp_path, folder):
+    native = save(tmp_path / "native", folder)
+    with pytest.raises(FileNotFoundError):
+        save(native, folder, tokenizer_json=tmp_path / "none.json")
+    with pytest.raises(CheckpointError, match=r"native: half-written model: config\.json is missing"):
+        locate(native)
+
+
+def test_unknown_sampling_settings_are_not_written(tmp_path, folder):
+    with pytest.raises(ValueError, match="unknown sampling settings: guidance"):
+        save(tmp_path / "native", folder, sampling={"guidance": 3})
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "message"),
+    [
+        ("vae", {"dim": 16}, r"config\.json: dim is 16, but the tensors in vae\.safetensors say 8"),
+        ("vae", {"latents_std": [1.0]}, "latents_std of the VAE must be 48 numbers"),
+        ("vae", {"latents_std": [0.0] * 48}, "latents_std of the VAE must be positive"),
+        ("vae", {"latents_mean": [float("nan")] * 48}, "latents_mean of the VAE must be 48 numbers"),
+        ("vae", {"colour": 1}, "unexpected entries under mlx_wan.vae"),
+        ("text_encoder", {"num_heads": 2}, "num_heads is 2, but the tensors"),
+        ("sampling", {"colour": 1}, "unexpected entries under mlx_wan.sampling"),
+        ("sampling", {"width": "64"}, "mlx_wan.sampling.width cannot be '64'"),
+        ("quantization", {"bits": 3, "group_size": 64}, "quantization .* is not supported"),
+        ("quantization", {"bits": 4, "group_size": 32}, "does not fit the transformer"),
+    ],
+)
+def test_a_native_config_must_tell_the_truth(tmp_path, folder, section, change, message):
+    native = save(tmp_path / "native", folder)
+    config = json.loads((native / "config.json").read_text())
+    config["mlx_wan"].setdefault(section, {}).update(change)
+    (native / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=message):
+        locate(native)
+
+
+def test_a_future_native_format(tmp_path, folder):
+    native = save(tmp_path / "native", folder)
+    checkpoints.edit_json(native / "config.json", mlx_wan={"format": 2})
+    with pytest.raises(CheckpointError, match="not a native format this version reads"):
+        locate(native)
+
+
+# --- what is refused ------------------------------------------------------------------------------------------
+
+
+def test_missing_files_are_listed(folder):
+    (folder / "Wan2.2_VAE.pth").unlink()
+    (folder / "google" / "umt5-xxl" / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError) as caught:
+        locate(folder)
+    assert str(caught.value) == (
+        f"{folder}: incomplete official checkpoint, missing: Wan2.2_VAE.pth or Wan2.2_VAE.safetensors, "
+        "google/umt5-xxl/tokenizer.json"
+    )
+
+
+def test_missing_shards_are_listed(tmp_path):
+    folder = checkpoints.write_official(tmp_path / "model", shards=3)
+    (folder / "diffusion_pytorch_model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"missing: diffusion_pytorch_model-00002-of-00003\.safetensors$"):
+        locate(folder)
+
+
+def test_an_empty_folder(tmp_path):
+    with pytest.raises(CheckpointError, match=r"missing: config\.json, diffusion_pytorch_model\.safetensors or"):
+        locate(tmp_path)
+
+
+@pytest.mark.parametrize("layout", ["official", "mlx"])
+@pytest.mark.parametrize("part", range(3))
+def test_truncated_files_are_found_before_anything_is_read(tmp_path, layout, part):
+    folder = LAYOUTS[layout](tmp_path / "model")
+    file = sorted(f for f in folder.iterdir() if f.suffix in (".pth", ".safetensors"))[part]
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=rf"{file.name}: (truncated|is cut off)"):
+        locate(folder)
+
+
+def test_paths_that_are_no_checkpoint(tmp_path, folder):
+    with pytest.raises(UserError, match=r"none: no such folder"):
+        locate(tmp_path / "none")
+    with pytest.raises(UserError, match=r"Wan2\.2_VAE\.pth: is a single file \(Wan2\.2-type VAE .*\); give the folder"):
+        locate(folder / "Wan2.2_VAE.pth")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dim": 128}, "dim is 128, but the tensors in diffusion_pytorch_model.safetensors say 96"),
+        ({"num_layers": 3}, "num_layers is 3, but the tensors in .* say 2"),
+        ({"text_dim": 63}, "text_dim is 63, but the tensors in .* say 64"),
+        ({"dim": "96"}, "dim is '96', but"),
+        ({"patch_size": [1, 4, 4]}, r"does not fit the patch size \(1, 4, 4\)"),
+        ({"patch_size": "small"}, "patch_size"),
+        ({"num_heads": None}, "lacks num_heads"),
+        ({"num_heads": 7}, "num_heads 7 does not divide dim 96"),
+        ({"num_heads": "3"}, "num_heads cannot be '3'"),
+        ({"num_heads": 0}, "num_heads cannot be 0"),
+        ({"eps": -1.0}, "eps cannot be -1.0"),
+        ({"in_dim": 36, "out_dim": 16}, "is an image-to-video model"),
+        ({"model_type": "s2v"}, "is a Wan model of the type s2v"),
+        ({"dim": 5120, "ffn_dim": 13824, "num_layers": 40, "in_dim": 16, "out_dim": 16}, "is Wan2.2 T2V-A14B"),
+        ({"dim": 5120, "ffn_dim": 13824, "num_layers": 40, "in_dim": 36, "out_dim": 16}, "is Wan2.2 I2V-A14B"),
+        ({"dim": 1536, "ffn_dim": 8960, "num_layers": 30, "in_dim": 16, "out_dim": 16}, "is Wan2.1 T2V-1.3B"),
+    ],
+)
+def test_configs_that_are_wrong_or_of_other_models(folder, changes, message):
+    checkpoints.edit_json(folder / "config.json", **changes)
+    with pytest.raises(CheckpointError, match=message):
+        locate(folder)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", "[" * 100_000])
+def test_a_damaged_config(folder, content):
+    (folder / "config.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        locate(folder)
+
+
+def test_folders_of_other_kinds(tmp_path):
+    (tmp_path / "a14b" / "high_noise_model").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=r"is a two-expert Wan2\.2 A14B model"):
+        locate(tmp_path / "a14b")
+    (tmp_path / "diffusers").mkdir()
+    (tmp_path / "diffusers" / "model_index.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="is in the Diffusers layout"):
+        locate(tmp_path / "diffusers")
+    (tmp_path / "lora").mkdir()
+    lora = {"blocks.0.self_attn.q.lora_A.weight": mx.zeros((4, 8))}
+    mx.save_safetensors(str(tmp_path / "lora" / "style.safetensors"), lora)
+    with pytest.raises(CheckpointError, match=r"missing: .*\(but style\.safetensors is LoRA\)"):
+        locate(tmp_path / "lora")
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({"encoder.downsamples.0.residual.0.gamma": (4, 1, 1, 1)}, "is Wan2.1 VAE, not the VAE"),
+        ({"blocks.0.self_attn.q.lora_A.weight": (4, 8)}, "is LoRA, not the VAE"),
+        ({"token_embedding.weight": (4, 8)}, "holds no VAE of a Wan model"),
+    ],
+)
+def test_files_of_other_models(folder, weights, message):
+    save_pth(folder / "Wan2.2_VAE.pth", {name: small.random(name, shape) for name, shape in weights.items()})
+    with pytest.raises(CheckpointError, match=r"Wan2\.2_VAE\.pth: " + message):
+        locate(folder)
+
+
+def test_components_in_each_others_place(folder):
+    save_pth(folder / "Wan2.2_VAE.pth", checkpoints.official("text_encoder"))
+    with pytest.raises(CheckpointError, match=r"Wan2\.2_VAE\.pth: is UMT5 encoder of an unreleased size, not the VAE"):
+        locate(folder)
+
+
+@pytest.mark.parametrize("extra", ["img_emb.proj.0.weight", "casual_audio_encoder.weights", "face_adapter.x"])
+def test_transformers_with_other_parts(folder, extra):
+    change = lambda weights: weights.update({extra: mx.zeros(3)})  # noqa: E731
+    checkpoints.edit_safetensors(folder / "diffusion_pytorch_model.safetensors", change)
+    with pytest.raises(CheckpointError, match=r"is Wan2\..* not the transformer of a Wan2\.2 TI2V model"):
+        locate(folder)
+
+
+def test_parts_that_do_not_fit_each_other(tmp_path):
+    folder = checkpoints.write_official(tmp_path / "model")
+    narrow_model(folder)
+    save_pth(folder / "Wan2.2_VAE.pth", checkpoints.official("vae"))
+    with pytest.raises(CheckpointError, match="takes 2 and makes 2 latent channels, but the VAE has 48"):
+        locate(folder)
+
+
+def strict_message(folder, change) -> str:
+    checkpoints.edit_safetensors(folder / "diffusion_pytorch_model.safetensors", change)
+    with pytest.raises(CheckpointError) as caught:
+        locate(folder)
+    return str(caught.value)
+
+
+def test_strictness_lists_the_first_few_of_each_kind(folder):
+    def change(weights):
+        for name in [name for name in weights if name.startswith("blocks.1.self_attn")]:
+            del weights[name]
+        weights["blocks.0.extra"] = mx.zeros(2)
+        weights["blocks.0.norm3.bias"] = mx.zeros(5)
+        weights["blocks.0.self_attn.q.bias"] = mx.zeros(96, mx.int32)
+
+    message = strict_message(folder, change)
+    assert message.startswith(f"{folder / 'diffusion_pytorch_model.safetensors'}: does not fit the transformer: ")
+    assert "10 missing (blocks.1.self_attn." in message
+    assert ", and 6 more)" in message
+    assert "1 unexpected (blocks.0.extra)" in message
+    assert "1 misshapen (blocks.0.norm3.bias (5,) instead of (96,))" in message
+    assert "1 of a wrong type (blocks.0.self_attn.q.bias int32)" in message
+
+
+@pytest.mark.parametrize("name", ["patch_embedding.weight", "head.head.weight", "blocks.0.ffn.0.weight"])
+def test_a_tensor_that_tells_a_dimension_is_missing(folder, name):
+    message = strict_message(folder, lambda weights: weights.pop(name))
+    assert message.endswith(f"diffusion_pytorch_model.safetensors: missing tensor {name}")
+
+
+def test_a_block_is_missing(folder):
+    def change(weights):
+        for name in [name for name in weights if name.startswith("blocks.0.")]:
+            weights[name.replace("blocks.0.", "blocks.5.")] = weights[name]
+
+    assert strict_message(folder, change).endswith("missing tensors blocks.2.*")
+
+
+# --- Hub and embedded model -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(monkeypatch, folder):
+    """A stand-in for huggingface_hub whose downloads are recorded and come from `folder`."""
+    calls = []
+
+    def snapshot_download(hub_id, allow_patterns):
+        calls.append((hub_id, allow_patterns))
+        if hub_id.startswith("nobody/"):
+            raise OSError("offline\nand more")
+        return str(folder)
+
+    module = types.ModuleType("huggingface_hub")
+    module.snapshot_download = snapshot_download
+    errors = types.ModuleType("huggingface_hub.errors")
+    errors.HfHubHTTPError = type("HfHubHTTPError", (OSError,), {})
+    monkeypatch.setitem(sys.modules, "huggingface_hub", module)
+    monkeypatch.setitem(sys.modules, "huggingface_hub.errors", errors)
+    return calls
+
+
+def test_a_hub_id_downloads_what_is_needed(hub):
+    checkpoint = locate("Wan-AI/Wan2.2-TI2V-5B")
+    assert checkpoint.layout.name == "official"
+    assert [hub_id for hub_id, _ in hub] == ["Wan-AI/Wan2.2-TI2V-5B"] * 2
+    assert hub[0][1] == ["config.json", "model_index.json"]
+    assert {"config.json", "Wan2.2_VAE.pth", "google/umt5-xxl/tokenizer.json"} <= set(hub[1][1])
+    assert "diffusion_pytorch_model-*-of-*.safetensors" in hub[1][1]
+
+
+def test_another_model_is_refused_before_it_is_downloaded(hub, folder):
+    checkpoints.edit_json(folder / "config.json", model_type="s2v")
+    with pytest.raises(CheckpointError, match="type s2v"):
+        locate("Wan-AI/Wan2.2-S2V-14B")
+    assert len(hub) == 1
+
+
+def test_an_unreachable_hub_is_one_line(hub):
+    with pytest.raises(
+        UserError, match=r"^nobody/none: no such folder here, and .*\(offline\); check the name"
+    ) as caught:
+        locate("nobody/none")
+    assert "\n" not in str(caught.value)
+
+
+def test_tiny_is_the_embedded_folder(tmp_path, folder, monkeypatch):
+    monkeypatch.setattr(locating, "EMBEDDED", save(tmp_path / "embedded", folder, model="tiny", sampling={}))
+    checkpoint = locate("tiny")
+    assert checkpoint.spec.name == "tiny"
+    assert checkpoint.spec.negative_prompt == ""
+
+
+def test_dimensions_of_the_5b():
+    shapes = {
+        part: {n: tuple(s) for n, s in cases.official_names("ti2v-5B", part).items()} for part in checkpoints.PARTS
+    }
+    transformer = transformer_fields(shapes["transformer"])
+    assert (transformer["dim"], transformer["num_layers"], transformer["text_dim"]) == (3072, 30, 4096)
+    assert text_encoder_fields(shapes["text_encoder"])["vocab_size"] == 256384
+    assert vae_fields(shapes["vae"]) == {
+        "dim": 160,
+        "dec_dim": 256,
+        "z_dim": 48,
+        "dim_mult": (1, 2, 4, 4),
+        "num_res_blocks": 2,
+        "temporal_downsample": (False, True, True),
+        "patch_size": 2,
+    }
