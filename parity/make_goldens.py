@@ -9,8 +9,10 @@
 
     git clone https://github.com/Wan-Video/Wan2.2 && git -C Wan2.2 checkout 42bf4cf
     uv run parity/make_goldens.py --official Wan2.2 [--only tokens schedulers ...]
+    uv run parity/make_goldens.py --official Wan2.2 --at-scale runs/at_scale.npz
 
-float32 on the CPU. Arrays are written channels last, as this project has them.
+float32 on the CPU. Goldens are written channels last, as this project has them. The last command, for
+parity/report.py, takes the released widths, a minute and some 8 GB of memory.
 """
 
 import argparse
@@ -194,6 +196,31 @@ def gradients(wan):
     save("gradients", out)
 
 
+def at_scale(wan, path):
+    """One call of each network at the released widths, two layers of transformer and text encoder, the VAE whole."""
+    out = {}
+    for part, configuration in small.at_scale().items():
+        model = official.with_weights(part, official.build_one(wan, part, configuration))
+        with torch.no_grad():
+            if part == "transformer":
+                latents, context = (
+                    small.random("scale/latents", (48, 2, 4, 6)),
+                    small.random("scale/context", (20, 4096)),
+                )
+                t = torch.tensor([[0.0] * 6 + [500.5] * 6])
+                out[part] = model([torch.from_numpy(latents)], t, [torch.from_numpy(context)], 12)[0].numpy()
+            elif part == "text_encoder":
+                ids = np.load(GOLDEN / "tokens.npz")["ids/64"][2:3]
+                out[part] = model(torch.from_numpy(ids).long(), torch.ones(1, 64))[0].numpy()
+            else:
+                scale = official.small_vae(wan).scale
+                out["encode"] = model.encode(channels_first(small.video("scale", 5, 64, 64))[None], scale)[0].numpy()
+                codes = torch.from_numpy(small.random("scale/codes", (1, 48, 2, 4, 4)))
+                out["decode"] = model.decode(codes, scale)[0].numpy()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(path, **out)
+
+
 GOLDENS = {f.__name__: f for f in (names, tokens, text_encoder, transformer, vae, schedulers, runs, gradients)}
 
 
@@ -201,9 +228,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--official", required=True, help="a clone of the official repository")
     parser.add_argument("--only", nargs="+", choices=GOLDENS, default=list(GOLDENS))
+    parser.add_argument("--at-scale", type=Path, metavar="FILE", help="instead: large networks, to this file")
     args = parser.parse_args()
     torch.set_num_threads(2)
     wan = official.load(args.official)
+    if args.at_scale:
+        return at_scale(wan, args.at_scale)
     for name in args.only:
         GOLDENS[name](wan)
 

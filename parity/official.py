@@ -71,50 +71,37 @@ def load(folder):
 
 def build(wan, size):
     """The three networks, without weights: "small" or "ti2v-5B"."""
-    t, e, v = small_configs() if size == "small" else released_configs()
+    configurations = small.SMALL if size == "small" else small.RELEASED
+    return {part: build_one(wan, part, configuration) for part, configuration in configurations.items()}
+
+
+def build_one(wan, part, configuration):
+    """One network, without weights, from our words for its dimensions."""
+    c = dict(configuration)
     with torch.device("meta"):
-        return {
-            "transformer": wan.model.WanModel(**t),
-            "text_encoder": wan.t5.T5Encoder(shared_pos=False, dropout=0.1, **e),
-            "vae": wan.vae.WanVAE_(**v),
-        }
+        if part == "transformer":
+            return wan.model.WanModel(**c)
+        if part == "text_encoder":
+            return wan.t5.T5Encoder(vocab=c.pop("vocab_size"), shared_pos=False, dropout=0.1, **c)
+        strides = list(c.pop("temporal_downsample"))
+        return wan.vae.WanVAE_(**c | {"temperal_downsample": strides, "dim_mult": list(c["dim_mult"])})
 
 
-def _official_words(transformer, text_encoder, vae):
-    """Our configurations as arguments of the official classes."""
-    text_encoder = dict(text_encoder)
-    text_encoder["vocab"] = text_encoder.pop("vocab_size")
-    vae = dict(vae)
-    vae["temperal_downsample"] = list(vae.pop("temporal_downsample"))
-    vae["dim_mult"] = list(vae["dim_mult"])
-    return dict(transformer), text_encoder, vae
-
-
-def small_configs():
-    return _official_words(small.TRANSFORMER, small.TEXT_ENCODER, small.VAE)
-
-
-def released_configs():
-    """TI2V-5B: its config.json, wan/configs/wan_ti2v_5B.py and the defaults in t5.py and vae2_2.py."""
-    sizes = {"dim": 3072, "ffn_dim": 14336, "num_heads": 24, "num_layers": 30, "text_dim": 4096}
-    xxl = {"vocab_size": 256384, "dim": 4096, "dim_attn": 4096, "dim_ffn": 10240, "num_heads": 64, "num_layers": 24}
-    return _official_words(
-        {**small.TRANSFORMER, **sizes}, {**xxl, "num_buckets": 32}, {**small.VAE, "dim": 160, "dec_dim": 256}
-    )
+def with_weights(part, model):
+    """The network with the weights of tests/small.py, in evaluation mode."""
+    state = {k: torch.from_numpy(small.weight(part, k, tuple(p.shape))) for k, p in model.named_parameters()}
+    model.load_state_dict(state, assign=True)
+    if part == "transformer":  # its rotary table is no parameter: make it off "meta"
+        rope_params = sys.modules[type(model).__module__].rope_params
+        width = model.dim // model.num_heads
+        third = 2 * (width // 6)
+        model.freqs = torch.cat([rope_params(1024, w) for w in (width - 2 * third, third, third)], dim=1)
+    return model.eval().requires_grad_(False)
 
 
 def small_models(wan):
-    """The small networks with the weights of tests/small.py, in evaluation mode."""
-    models = build(wan, "small")
-    for part, model in models.items():
-        state = {k: torch.from_numpy(small.weight(part, k, tuple(p.shape))) for k, p in model.named_parameters()}
-        model.load_state_dict(state, assign=True)
-        model.eval().requires_grad_(False)
-    transformer = models["transformer"]
-    width = transformer.dim // transformer.num_heads  # its rotary table is no parameter: make it off "meta"
-    third = 2 * (width // 6)
-    transformer.freqs = torch.cat([wan.model.rope_params(1024, w) for w in (width - 2 * third, third, third)], dim=1)
-    return models
+    """The small networks with their weights."""
+    return {part: with_weights(part, model) for part, model in build(wan, "small").items()}
 
 
 def small_vae(wan):

@@ -4,7 +4,7 @@ Used by the tests, which hold the differences to a bound, and by parity/report.p
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -12,12 +12,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import small
+from mlx.utils import tree_flatten
 from PIL import Image
 
 from mlx_wan.conditioning import best_output_size, image_to_frame
 from mlx_wan.models.transformer import TransformerConfig, WanTransformer
 from mlx_wan.models.umt5 import TextEncoderConfig, UMT5Encoder
-from mlx_wan.models.vae22 import VAEConfig, WanVAE22
+from mlx_wan.models.vae22 import FeatureCache, VAEConfig, WanVAE22
 from mlx_wan.sampling import denoise
 from mlx_wan.schedulers import make_scheduler
 from mlx_wan.text import Tokenizer, clean_prompt
@@ -54,21 +55,21 @@ def native(name: str, array: np.ndarray) -> np.ndarray:
 
 def load_small(part: str) -> nn.Module:
     """A module with the weights of `small`; fails unless it has exactly the official names and shapes."""
-    module: nn.Module = {
-        "transformer": lambda: WanTransformer(TransformerConfig(**small.TRANSFORMER)),
-        "text_encoder": lambda: UMT5Encoder(TextEncoderConfig(**small.TEXT_ENCODER)),
-        "vae": lambda: WanVAE22(vae_config()),
-    }[part]()
+    module = build(part, small.SMALL[part])
     shapes = official_names("small", part)
     weights = [(name, native(name, small.weight(part, name, tuple(shape)))) for name, shape in shapes.items()]
     module.load_weights([(name, mx.array(w)) for name, w in weights], strict=True)
     return module
 
 
-def vae_config() -> VAEConfig:
-    stored = golden("vae")
-    mean, std = stored["latents_mean"].tolist(), stored["latents_std"].tolist()
-    return VAEConfig(**small.VAE, latents_mean=tuple(mean), latents_std=tuple(std))
+def build(part: str, dimensions: dict) -> nn.Module:
+    """A module without its weights; the VAE's latents are normalised as the released one's."""
+    if part == "transformer":
+        return WanTransformer(TransformerConfig(**dimensions))
+    if part == "text_encoder":
+        return UMT5Encoder(TextEncoderConfig(**dimensions))
+    mean, std = (tuple(golden("vae")[f"latents_{k}"].tolist()) for k in ("mean", "std"))
+    return WanVAE22(VAEConfig(**dimensions, latents_mean=mean, latents_std=std))
 
 
 def text_encoder() -> Iterator[Pair]:
@@ -156,3 +157,65 @@ def run(task: str, solver: str) -> Iterator[Pair]:
     for i, (latents, want) in enumerate(zip(steps, stored[f"{task}/{solver}/latents"], strict=True)):
         yield f"latents after step {i + 1}", np.array(latents)[0], want
     yield "frames", np.array(vae.decode(latents))[0, :, ::4, ::4], stored[f"{task}/{solver}/frames"]
+
+
+def official_layout(name: str, array: np.ndarray) -> np.ndarray:
+    """The way back of `native`; also for a batch of one of the inputs (1, t, h, w, C)."""
+    return np.moveaxis(array, -1, 1) if array.ndim > 3 else array
+
+
+def gradients(case: str) -> Iterator[Pair]:
+    """Gradients by every parameter and by the inputs: "transformer", "text_encoder", "encode" or "decode"."""
+    module = load_small(case if case in ("transformer", "text_encoder") else "vae")
+    loss, inputs = LOSSES[case](module)
+
+    def loss_of(parameters: dict, inputs: dict) -> mx.array:
+        module.update(parameters)
+        return loss(inputs)
+
+    by_parameter, by_input = mx.grad(loss_of, argnums=(0, 1))(module.parameters(), inputs)
+    found = dict(tree_flatten(by_parameter)) | by_input
+    stored = {k.removeprefix(f"{case}/"): v for k, v in golden("gradients").items() if k.startswith(f"{case}/")}
+    for name, want in stored.items():
+        yield f"d {case} / d {name}", small.spread(official_layout(name, np.array(found[name]))), want
+
+
+def _last(array: np.ndarray) -> mx.array:
+    """(C, t, h, w) or (1, C, t, h, w), as the reference has it -> (1, t, h, w, C)."""
+    return mx.array(np.moveaxis(array.reshape(1, *array.shape[-4:]), 1, -1))
+
+
+def _transformer_loss(model: nn.Module) -> tuple[Callable, dict]:
+    inputs = {
+        "latents": _last(small.random("gradient/latents", (48, 2, 4, 6))),
+        "context": mx.array(small.random("gradient/context", (512, 64)))[None],
+    }
+    t = mx.array([[0.0] * 6 + [640.5] * 6])
+    probe = _last(small.random("gradient/velocity", (48, 2, 4, 6)))
+    return lambda x: (model(x["latents"], t, x["context"]) * probe).sum(), inputs
+
+
+def _text_encoder_loss(model: nn.Module) -> tuple[Callable, dict]:
+    ids, mask = (golden("tokens")[f"{k}/64"][2:4] for k in ("ids", "mask"))
+    probe = mx.array(small.random("gradient/text", (2, 64, 64)) * mask[..., None])
+    return lambda _: (model(mx.array(ids), mx.array(mask)) * probe).sum(), {}
+
+
+def _encode_loss(model: nn.Module) -> tuple[Callable, dict]:
+    probe = _last(small.random("gradient/mean", (1, 48, 3, 2, 3)))
+    inputs = {"video": _last(small.random("gradient/video", (1, 3, 9, 32, 48)))}
+    return lambda x: (model.normalise(model.moments(x["video"], FeatureCache())[0]) * probe).sum(), inputs
+
+
+def _decode_loss(model: nn.Module) -> tuple[Callable, dict]:
+    probe = _last(small.random("gradient/pixels", (1, 3, 9, 32, 48)))
+    inputs = {"latents": _last(small.random("gradient/codes", (1, 48, 3, 2, 3)))}
+    return lambda x: (model.pixels(model.denormalise(x["latents"]), FeatureCache()) * probe).sum(), inputs
+
+
+LOSSES = {
+    "transformer": _transformer_loss,
+    "text_encoder": _text_encoder_loss,
+    "encode": _encode_loss,
+    "decode": _decode_loss,
+}

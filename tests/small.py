@@ -42,6 +42,25 @@ VAE = {
     "num_res_blocks": 2,
     "temporal_downsample": (False, True, True),
 }
+SMALL = {"transformer": TRANSFORMER, "text_encoder": TEXT_ENCODER, "vae": VAE}
+
+# TI2V-5B: its config.json, wan/configs/wan_ti2v_5B.py, and the defaults in t5.py and vae2_2.py.
+RELEASED = {
+    "transformer": TRANSFORMER | {"dim": 3072, "ffn_dim": 14336, "num_heads": 24, "num_layers": 30, "text_dim": 4096},
+    "text_encoder": TEXT_ENCODER
+    | {"vocab_size": 256384, "dim": 4096, "dim_attn": 4096, "dim_ffn": 10240, "num_heads": 64, "num_layers": 24},
+    "vae": VAE | {"dim": 160, "dec_dim": 256},
+}
+
+
+def at_scale() -> dict[str, dict]:
+    """The released widths with few layers: what a machine with 16 GB compares in a minute or two."""
+    return {
+        "transformer": RELEASED["transformer"] | {"num_layers": 2},
+        "text_encoder": RELEASED["text_encoder"] | {"num_layers": 2, "vocab_size": 656},
+        "vae": RELEASED["vae"],
+    }
+
 
 # Text that cleaning or tokenizing could get wrong: entities escaped twice, mojibake, wide blanks, other scripts.
 PROMPTS = (
