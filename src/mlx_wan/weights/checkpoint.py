@@ -15,6 +15,8 @@ from mlx_wan.weights.quantize import Quantization
 from mlx_wan.weights.tensors import TensorInfo
 from mlx_wan.zoo import ModelSpec
 
+EMBEDDED = Path(__file__).resolve().parent.parent / "embedded"  # the small model in this package, native layout
+
 
 @dataclass(frozen=True)
 class Layout:

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +26,7 @@ def convert(
     *,
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Writes the checkpoint `src` (anything `locate` takes) to the folder `dst` in the native layout.
 
@@ -34,6 +36,8 @@ def convert(
         bits: 4 or 8 packs the matrices that `quantize.QUANTIZED` names; None packs nothing.
         group_size: how many values of a row share a scale: 32, 64 or 128.
         overwrite: whether a native model in `dst` may be replaced; other files there stay.
+        max_shard_bytes: a component larger than this is split into several files with an index.
+        progress: called with the bytes done and the bytes in all, before each tensor.
 
     Returns:
         `dst`.
@@ -59,24 +63,38 @@ def convert(
         sampling=checkpoint.spec.sampling(),
         quantization=how,
     )
-    partial = _make_partial(dst, sum(info.nbytes for tensors in parts.values() for info in tensors))
+    partial = _make_partial(dst, _size(parts))
     try:
-        parts = {name: _released(tensors) for name, tensors in parts.items()}
-        write_native(partial, parts, checkpoint.tokenizer, config, max_shard_bytes)
+        write_native(partial, _watched(parts, progress), checkpoint.tokenizer, config, max_shard_bytes)
         _move(partial, dst)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return dst
 
 
-def _released(tensors: list[TensorInfo]) -> list[TensorInfo]:
-    """The tensors, each giving MLX's memory cache back once it is loaded: sizes differ, so little is reused."""
+Parts = Mapping[str, list[TensorInfo]]
+
+
+def _size(parts: Parts) -> int:
+    return sum(info.nbytes for tensors in parts.values() for info in tensors)
+
+
+def _watched(parts: Parts, progress: Callable[[int, int], None] | None) -> Parts:
+    """The tensors, each reporting progress and emptying MLX's cache when it is loaded: few sizes come twice."""
+    total, done = _size(parts), 0
 
     def load(info: TensorInfo) -> mx.array:
+        nonlocal done
+        if progress is not None:
+            progress(done, total)
+        done += info.nbytes
         mx.clear_cache()
         return info.load()
 
-    return [replace(info, load=lambda info=info: load(info)) for info in tensors]
+    def watched(info: TensorInfo) -> TensorInfo:
+        return replace(info, load=lambda: load(info))
+
+    return {name: [watched(info) for info in tensors] for name, tensors in parts.items()}
 
 
 def _check_destination(src: Path, dst: Path, overwrite: bool) -> None:

@@ -12,7 +12,7 @@ from mlx_wan.errors import CheckpointError, UserError, WanError
 from mlx_wan.models.transformer import TransformerConfig
 from mlx_wan.models.umt5 import TextEncoderConfig
 from mlx_wan.models.vae22 import VAEConfig
-from mlx_wan.weights.checkpoint import LAYOUTS, NATIVE, OFFICIAL, WAN22_MLX, Checkpoint, Component, Layout
+from mlx_wan.weights.checkpoint import EMBEDDED, LAYOUTS, NATIVE, OFFICIAL, WAN22_MLX, Checkpoint, Component, Layout
 from mlx_wan.weights.files import INDEX_SUFFIX, TENSOR_SUFFIXES, read_index, read_tensors
 from mlx_wan.weights.fit import component_tensors
 from mlx_wan.weights.identify import COMPONENTS, LABELS, identify
@@ -21,7 +21,6 @@ from mlx_wan.weights.quantize import Quantization
 from mlx_wan.weights.shapes import PATCH_SIZE, text_encoder_fields, transformer_fields, vae_fields
 from mlx_wan.zoo import LATENTS_MEAN, LATENTS_STD, MODELS, RELEASES, SAMPLING_TYPES, ModelSpec
 
-EMBEDDED = Path(__file__).resolve().parent.parent / "embedded"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -106,11 +105,14 @@ def _other_model(config: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _layout(folder: Path, config: Mapping[str, Any]) -> Layout:
+def layout_of(folder: Path, config: Mapping[str, Any]) -> Layout | None:
+    """The layout that `folder` has, at least in part; None if it has nothing of any."""
     if "mlx_wan" in config:
         return NATIVE
-    own = (name for part in COMPONENTS for name in WAN22_MLX.files[part])
-    return WAN22_MLX if any((folder / name).is_file() for name in own) else OFFICIAL
+    for layout in (WAN22_MLX, OFFICIAL, NATIVE):
+        if any((folder / name).is_file() for part in COMPONENTS for name in layout.files[part]):
+            return layout
+    return None
 
 
 def _find(folder: Path, names: tuple[str, ...]) -> Path | None:
@@ -145,7 +147,7 @@ def _missing_message(folder: Path, layout: Layout, missing: list[str]) -> str:
 
 def _read_folder(folder: Path) -> Checkpoint:
     config = _read_config(folder)
-    layout = _layout(folder, config)
+    layout = layout_of(folder, config) or OFFICIAL
     if missing := _missing(folder, layout):
         raise CheckpointError(_missing_message(folder, layout, missing))
     paths = {part: _find(folder, names) or folder for part, names in layout.files.items()}

@@ -102,8 +102,10 @@ def write_native(
     config_file = folder / "config.json"
     config_file.unlink(missing_ok=True)
     remove_tensors(folder)
+    quantization = config["mlx_wan"].get("quantization")
+    metadata = {"format": "mlx"} | ({"quantization": json.dumps(quantization)} if quantization else {})
     for stem, tensors in parts.items():
-        write_sharded(folder, stem, tensors, max_shard_bytes)
+        write_sharded(folder, stem, tensors, max_shard_bytes, metadata)
     tokenizer = tokenizer_json.read_bytes() if isinstance(tokenizer_json, Path) else tokenizer_json.encode()
     _write(folder / "tokenizer.json", tokenizer)
     _write(config_file, _json(config))
@@ -138,7 +140,9 @@ def _parameter(name: str, array: mx.array, dtype: mx.Dtype | None) -> TensorInfo
     return TensorInfo(name, tuple(array.shape), dtype_name(target), nbytes, Path(), lambda: array.astype(target))
 
 
-def write_sharded(folder: Path, stem: str, tensors: Sequence[TensorInfo], max_shard_bytes: int) -> None:
+def write_sharded(
+    folder: Path, stem: str, tensors: Sequence[TensorInfo], max_shard_bytes: int, metadata: Mapping[str, str]
+) -> None:
     """Writes `stem`.safetensors, or several shards of at most `max_shard_bytes` and their index."""
     shards: list[list[TensorInfo]] = [[]]
     for info in tensors:
@@ -146,20 +150,20 @@ def write_sharded(folder: Path, stem: str, tensors: Sequence[TensorInfo], max_sh
             shards.append([])
         shards[-1].append(info)
     if len(shards) == 1:
-        write_safetensors(folder / f"{stem}.safetensors", shards[0])
+        write_safetensors(folder / f"{stem}.safetensors", shards[0], metadata)
         return
     weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards, 1):
         name = f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors"
-        write_safetensors(folder / name, shard)
+        write_safetensors(folder / name, shard, metadata)
         weight_map |= {info.name: name for info in shard}
     index = {"metadata": {"total_size": sum(info.nbytes for info in tensors)}, "weight_map": weight_map}
     _write(folder / f"{stem}{INDEX_SUFFIX}", _json(index))
 
 
-def write_safetensors(path: Path, tensors: Sequence[TensorInfo]) -> None:
+def write_safetensors(path: Path, tensors: Sequence[TensorInfo], metadata: Mapping[str, str]) -> None:
     """Writes a .safetensors file, loading and releasing one tensor after the other."""
-    header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
     position = 0
     for info in tensors:
         end = position + math.prod(info.shape) * DTYPES[info.dtype][0]

@@ -1,0 +1,50 @@
+"""`mlx-wan convert`: a checkpoint of any layout to the native one."""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+SUMMARY = "convert a checkpoint to the native layout, without PyTorch"
+
+
+def add_parser(commands: Any) -> argparse.ArgumentParser:
+    parser = commands.add_parser("convert", help=SUMMARY, description=SUMMARY)
+    parser.add_argument("src", metavar="SRC", help="checkpoint folder, or Hub id")
+    parser.add_argument("dst", metavar="DST", type=Path, help="folder to write")
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float16", "float32"), help="of the matrices (default: as they are stored)"
+    )
+    parser.add_argument("-q", "--bits", type=int, metavar="BITS", help="quantize the matrices to 4 or 8 bits")
+    parser.add_argument("--group-size", type=int, default=64, metavar="N", help="values a scale: 32, 64 or 128")
+    parser.add_argument("--overwrite", action="store_true", help="replace a converted model in DST")
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    import mlx.core as mx
+    from tqdm import tqdm
+
+    from mlx_wan.weights.convert import convert
+
+    start = time.perf_counter()
+    with tqdm(unit="B", unit_scale=True, dynamic_ncols=True, disable=not sys.stderr.isatty()) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        folder = convert(
+            args.src,
+            args.dst,
+            getattr(mx, args.dtype) if args.dtype else None,
+            args.bits,
+            args.group_size,
+            overwrite=args.overwrite,
+            progress=progress,
+        )
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    print(folder)
+    print(f"{size / 1e9:.2f} GB in {time.perf_counter() - start:.1f} s")
+    return 0

@@ -1,0 +1,277 @@
+"""Conversion to the native layout, and quantization on the way."""
+
+import json
+from types import SimpleNamespace
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from mlx.utils import tree_flatten
+
+from mlx_wan.errors import CheckpointError, UserError, WanError
+from mlx_wan.models.transformer import FLOAT32_PARAMETERS, TransformerConfig, WanTransformer
+from mlx_wan.models.umt5 import TextEncoderConfig, UMT5Encoder
+from mlx_wan.models.vae22 import VAEConfig, WanVAE22
+from mlx_wan.weights import convert as converting
+from mlx_wan.weights import save as saving
+from mlx_wan.weights.convert import convert
+from mlx_wan.weights.files import read_tensors
+from mlx_wan.weights.load import load_text_encoder, load_transformer, load_vae, locate
+from mlx_wan.weights.quantize import Quantization, is_quantized, quantize_module
+from mlx_wan.weights.save import save_native
+
+from . import checkpoints
+
+
+@pytest.fixture
+def src(tmp_path):
+    return checkpoints.write_official(tmp_path / "src")
+
+
+@pytest.fixture
+def dst(tmp_path):
+    return tmp_path / "out" / "dst"
+
+
+def parameters(folder, dtype=mx.float32) -> dict[str, mx.array]:
+    checkpoint = locate(folder)
+    modules = {
+        "transformer": load_transformer(checkpoint, dtype),
+        "text_encoder": load_text_encoder(checkpoint, dtype),
+        "vae": load_vae(checkpoint),
+    }
+    return {f"{part}/{n}": a for part, module in modules.items() for n, a in tree_flatten(module.parameters())}
+
+
+def same(got: dict[str, mx.array], want: dict[str, mx.array]) -> bool:
+    return got.keys() == want.keys() and all(mx.array_equal(got[name], want[name]) for name in want)
+
+
+@pytest.mark.parametrize("write", [checkpoints.write_official, checkpoints.write_wan22_mlx])
+def test_converted_is_the_same_model(tmp_path, dst, write):
+    src = write(tmp_path / "model")
+    assert convert(src, dst) == dst
+    assert sorted(file.name for file in dst.iterdir()) == [
+        "config.json",
+        "text_encoder.safetensors",
+        "tokenizer.json",
+        "transformer.safetensors",
+        "vae.safetensors",
+    ]
+    assert same(parameters(dst), parameters(src))
+    before, after = locate(src), locate(dst)
+    assert after.layout.name == "native"
+    for name in ("transformer_config", "text_encoder_config", "vae_config", "spec"):
+        assert getattr(after, name) == getattr(before, name)
+    assert after.tokenizer.read_text() == checkpoints.TOKENIZER
+    config = json.loads((dst / "config.json").read_text())
+    assert (config["patch_size"], config["text_dim"], config["mlx_wan"]["format"]) == ([1, 2, 2], 64, 1)
+
+
+def test_native_can_be_converted_again_and_in_shards(src, dst, tmp_path):
+    convert(src, dst)
+    again = convert(dst, tmp_path / "again", max_shard_bytes=100_000)
+    assert len(list(again.glob("vae-*-of-*.safetensors"))) > 1
+    assert same(parameters(again), parameters(src))
+
+
+def test_dtype_leaves_float32_where_it_is_needed(src, dst):
+    convert(src, dst, mx.bfloat16)
+    for name, info in read_tensors(dst / "transformer.safetensors").items():
+        exact = any(fragment in name for fragment in FLOAT32_PARAMETERS)
+        assert info.dtype == ("float32" if exact else "bfloat16"), name
+    assert {info.dtype for info in read_tensors(dst / "text_encoder.safetensors").values()} == {"bfloat16"}
+    assert {info.dtype for info in read_tensors(dst / "vae.safetensors").values()} == {"float32"}
+    assert same(parameters(dst, mx.bfloat16), parameters(src, mx.bfloat16))
+
+
+def test_one_tensor_in_memory_at_a_time(src, dst):
+    sizes = [i.nbytes for part in checkpoints.PARTS for i in getattr(locate(src), part).tensors.values()]
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    convert(src, dst)
+    # As stored, turned and cast: never more than three copies of the largest one.
+    assert mx.get_peak_memory() - before <= 3 * max(sizes) < sum(sizes) / 5
+
+
+def test_progress_counts_the_bytes(src, dst):
+    seen = []
+    convert(src, dst, progress=lambda done, total: seen.append((done, total)))
+    total = sum(i.nbytes for part in checkpoints.PARTS for i in getattr(locate(dst), part).tensors.values())
+    assert {t for _, t in seen} == {total}
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    assert seen[0][0] == 0
+
+
+# --- where it may write -----------------------------------------------------------------------------------------
+
+
+def files_under(folder) -> set[str]:
+    return {str(file.relative_to(folder)) for file in folder.rglob("*")}
+
+
+def test_a_full_destination_is_left_alone(src, dst):
+    dst.mkdir(parents=True)
+    (dst / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="is not empty; choose another folder or pass --overwrite"):
+        convert(src, dst)
+    with pytest.raises(UserError, match="is not a converted model, so --overwrite leaves it alone"):
+        convert(src, dst, overwrite=True)
+    assert files_under(dst.parent) == {"dst", "dst/notes.txt"}
+
+
+def test_overwrite_replaces_the_model_and_keeps_the_rest(src, dst):
+    convert(src, dst, mx.bfloat16, max_shard_bytes=100_000)
+    (dst / "README.md").write_text("mine")
+    convert(src, dst, overwrite=True)
+    assert not list(dst.glob("*-of-*"))
+    assert (dst / "README.md").read_text() == "mine"
+    assert same(parameters(dst), parameters(src))
+
+
+def test_destinations_that_cannot_be(src, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is a file, not a folder"):
+        convert(src, tmp_path / "file")
+    with pytest.raises(UserError, match="file/dst: cannot be written: Not a directory"):
+        convert(src, tmp_path / "file" / "dst")
+    for inside in (src, src / "native"):
+        with pytest.raises(UserError, match="lies in the checkpoint that is read"):
+            convert(src, inside)
+
+
+def test_too_little_space_is_said_at_once(src, dst, monkeypatch):
+    monkeypatch.setattr(converting.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(UserError, match=r"dst: needs 0\.0 GB of disk space"):
+        convert(src, dst)
+    assert files_under(dst.parent) == set()
+
+
+class Stop(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("share", [0, 0.3, 0.9])
+def test_interruption_leaves_nothing_behind(src, dst, share):
+    def progress(done, total):
+        if done >= share * total:
+            raise Stop
+
+    with pytest.raises(Stop):
+        convert(src, dst, progress=progress)
+    assert files_under(dst.parent) == set()
+    convert(src, dst)
+    before = parameters(dst)
+    with pytest.raises(Stop):
+        convert(src, dst, mx.bfloat16, overwrite=True, progress=progress)
+    assert same(parameters(dst), before)
+    assert files_under(dst.parent) == {"dst", *(f"dst/{name}" for name in files_under(dst))}
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(src, dst, monkeypatch):
+    class Full:
+        def tofile(self, file):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(saving, "_values", lambda info: Full())
+    with pytest.raises(WanError, match=r"transformer\.safetensors: cannot be written: No space left on device"):
+        convert(src, dst)
+    assert files_under(dst.parent) == set()
+
+
+def test_a_bad_source_makes_no_destination(src, dst):
+    (src / "Wan2.2_VAE.pth").unlink()
+    with pytest.raises(CheckpointError, match="missing: "):
+        convert(src, dst)
+    assert not dst.parent.exists()
+
+
+# --- quantization -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def square(tmp_path):
+    """A native model whose dimensions are multiples of 64."""
+    transformer = TransformerConfig(4, 4, 64, 128, 2, 1, freq_dim=64, text_dim=64)
+    vae = VAEConfig(dim=4, dec_dim=4, z_dim=4, latents_mean=(0.0,) * 4, latents_std=(1.0,) * 4)
+    mx.random.seed(0)
+    save_native(
+        tmp_path / "square",
+        model="mine",
+        transformer=WanTransformer(transformer),
+        text_encoder=UMT5Encoder(TextEncoderConfig(128, 64, 128, 192, 4, 2)),
+        vae=WanVAE22(vae),
+        tokenizer_json=checkpoints.TOKENIZER,
+        sampling={},
+    )
+    return tmp_path / "square"
+
+
+@pytest.mark.parametrize(("bits", "group_size"), [(4, 64), (8, 64), (4, 32), (8, 32)])
+def test_quantized_as_mlx_does_it(square, dst, bits, group_size):
+    convert(square, dst, bits=bits, group_size=group_size)
+    checkpoint = locate(dst)
+    how = Quantization(bits, group_size)
+    assert checkpoint.quantization == how
+    original = locate(square)
+    for load in (load_transformer, load_text_encoder):
+        component = "transformer" if load is load_transformer else "text_encoder"
+        want = dict(tree_flatten(quantize_module(load(original, mx.float32), component, how).parameters()))
+        got = dict(tree_flatten(load(checkpoint, mx.float32).parameters()))
+        assert any(name.endswith(".scales") for name in want)
+        assert same(got, want)
+    assert same({n: a for n, a in parameters(dst).items() if n.startswith("vae/")},
+                {n: a for n, a in parameters(square).items() if n.startswith("vae/")})  # fmt: skip
+
+
+def test_eight_bits_stay_close_and_bfloat16_works(square, dst):
+    convert(square, dst, mx.bfloat16, bits=8)
+    x, t, context = mx.random.normal((1, 1, 4, 4, 4)), mx.array([500.0]), mx.random.normal((1, 3, 64))
+    want = load_transformer(locate(square), mx.float32)(x, t, context)
+    for dtype, bound in ((mx.float32, 0.01), (mx.bfloat16, 0.03)):
+        model = load_transformer(locate(dst), dtype)
+        assert model.blocks[0].ffn[0].scales.dtype == dtype
+        got = model(x, t, context)
+        assert (mx.linalg.norm(got - want) / mx.linalg.norm(want)).item() < bound
+
+
+def test_which_matrices_are_packed(square):
+    packed = {
+        component: {
+            name
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and is_quantized(component, name)
+        }
+        for component, model in (
+            ("transformer", load_transformer(locate(square), mx.float32)),
+            ("text_encoder", load_text_encoder(locate(square), mx.float32)),
+            ("vae", load_vae(locate(square))),
+        )
+    }
+    attention = {f"blocks.0.{kind}.{m}" for kind in ("self_attn", "cross_attn") for m in "qkvo"}
+    assert packed["transformer"] == attention | {"blocks.0.ffn.0", "blocks.0.ffn.2"}
+    matrices = ("attn.q", "attn.k", "attn.v", "attn.o", "ffn.gate.0", "ffn.fc1", "ffn.fc2")
+    assert packed["text_encoder"] == {f"blocks.{i}.{matrix}" for i in (0, 1) for matrix in matrices}
+    assert packed["vae"] == set()
+
+
+def test_what_cannot_be_quantized(src, square, dst):
+    with pytest.raises(UserError, match=r"its 96 columns are not a multiple of the group size 64; choose another"):
+        convert(src, dst, bits=4)
+    for bits, group_size in ((3, 64), (4, 48)):
+        with pytest.raises(UserError, match="bits must be one of"):
+            convert(square, dst, bits=bits, group_size=group_size)
+    assert not dst.parent.exists()
+    convert(square, dst, bits=4)
+    with pytest.raises(UserError, match="is quantized already; convert the original"):
+        convert(dst, dst.parent / "again", bits=4)
+
+
+def test_a_quantization_that_the_rows_cannot_have(square, dst):
+    convert(square, dst, bits=4, group_size=32)
+    config = json.loads((dst / "config.json").read_text())
+    config["mlx_wan"]["quantization"]["group_size"] = 128
+    (dst / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"cannot be quantized as its config\.json says|does not fit"):
+        locate(dst)
