@@ -25,7 +25,7 @@ from mlx_wan.schedulers import SCHEDULERS
 
 def groups():
     """(name, pairs) for each row of the table."""
-    yield "text embeddings, 7 prompts", list(cases.text_encoder())
+    yield f"text embeddings, {len(small.PROMPTS)} prompts", list(cases.text_encoder())
     for label, got, want in cases.transformer():
         yield f"transformer, {label}", [(label, got, want)]
     for label, got, want in cases.vae():

@@ -71,6 +71,7 @@ PROMPTS = (
     "\U0001f431 \U0001f469\u200d\U0001f680 fish & chips \ufb01ne \uff21\uff22\uff23 \u00bd x\u00b2",
     "",
     "red " * 700,
+    "<i> keeps ftfy from decoding &amp;lt; and &#38;quot;",
 )
 
 # Whole runs, in the words of the pipeline. Text to video takes the default negative prompt, image to video this one.
