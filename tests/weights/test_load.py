@@ -7,12 +7,14 @@ from dataclasses import fields, replace
 
 import cases
 import mlx.core as mx
+import numpy as np
 import pytest
 import small
 from mlx.utils import tree_flatten
 
 from mlx_wan.errors import CheckpointError, UserError
 from mlx_wan.models.transformer import FLOAT32_PARAMETERS
+from mlx_wan.models.vae22 import VAEConfig, WanVAE22
 from mlx_wan.weights import locate as locating
 from mlx_wan.weights.load import load_text_encoder, load_transformer, load_vae, locate, tokenizer_path
 from mlx_wan.weights.save import save_native
@@ -93,6 +95,19 @@ def test_a_vae_of_another_width_has_no_statistics(tmp_path):
     assert checkpoint.vae_config.latents_mean == (0.0, 0.0)
     assert checkpoint.vae_config.latents_std == (1.0, 1.0)
     assert load_transformer(checkpoint, mx.float32).config.in_dim == 2
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_convolutions_as_wide_as_their_kernel(tmp_path, turned):
+    # With three channels some kernels are 3×3×3×3 in either order; the file's other convolutions tell.
+    folder = checkpoints.write_wan22_mlx(tmp_path / "model", turned=turned)
+    vae = WanVAE22(VAEConfig(dim=3, dec_dim=3, dim_mult=(1, 2), temporal_downsample=(True,), num_res_blocks=1))
+    want = {name: np.array(array) for name, array in tree_flatten(vae.parameters())}
+    assert any(a.shape[1:] == (3, 3, 3, 3) for a in want.values())
+    torch = {name: np.moveaxis(a, -1, 1) if a.ndim > 3 else a for name, a in want.items()}
+    checkpoints.save_safetensors(folder / "vae_mlx.safetensors", want if turned else torch)
+    got = dict(tree_flatten(load_vae(locate(folder)).parameters()))
+    assert all(np.array_equal(np.array(got[name]), want[name]) for name in want)
 
 
 def narrow_model(folder) -> None:
@@ -416,6 +431,12 @@ def test_an_unreachable_hub_is_one_line(hub):
     ) as caught:
         locate("nobody/none")
     assert "\n" not in str(caught.value)
+
+
+def test_an_installation_without_the_embedded_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(locating, "EMBEDDED", tmp_path / "none")
+    with pytest.raises(CheckpointError, match="the embedded model is missing; install mlx-wan again"):
+        locate("tiny")
 
 
 def test_tiny_is_the_embedded_folder(tmp_path, folder, monkeypatch):

@@ -36,6 +36,8 @@ def locate(where: str | Path) -> Checkpoint:
             missing, unexpected, misshapen or of a type that cannot be loaded.
     """
     if str(where) == "tiny":
+        if not (EMBEDDED / "config.json").is_file():
+            raise CheckpointError(f"{EMBEDDED}: the embedded model is missing; install mlx-wan again")
         return _read_folder(EMBEDDED)
     folder = Path(where).expanduser()
     if folder.is_dir():
@@ -100,8 +102,8 @@ def _other_model(config: Mapping[str, Any]) -> str | None:
             return release.name
     if kind not in ("t2v", "ti2v"):
         return f"a Wan model of the type {kind}"
-    if config.get("in_dim") != config.get("out_dim"):
-        return f"an image-to-video model (in_dim {config.get('in_dim')}, out_dim {config.get('out_dim')})"
+    if {"in_dim", "out_dim"} <= config.keys() and config["in_dim"] != config["out_dim"]:
+        return f"an image-to-video model (in_dim {config['in_dim']}, out_dim {config['out_dim']})"
     return None
 
 
