@@ -119,7 +119,7 @@ def read_pth(path: str | Path) -> dict[str, TensorInfo]:
             return {name: _info(path, file, archive, root, name, t) for name, t in content.items()}
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    except (OSError, zipfile.BadZipFile, RuntimeError, EOFError, struct.error) as error:
+    except (OSError, zipfile.BadZipFile, RuntimeError, ValueError, EOFError, struct.error) as error:
         raise CheckpointError(f"{path}: cannot be read ({error}); download it again") from error
 
 

@@ -68,7 +68,12 @@ def mapped_tensor(
     Args:
         strides: in elements; None for row-major order without gaps. The caller has checked that they stay
             in the file.
+
+    Raises:
+        CheckpointError: larger than any array of MLX.
     """
+    if any(n >= 2**31 for n in shape):
+        raise CheckpointError(f"{file}: tensor {name} has an impossible shape {shape}")
     return TensorInfo(
         name=name,
         shape=shape,
