@@ -194,8 +194,3 @@ def run(wan, task, solver, tokenizer_json):
     # The model is asked twice a step, both times with the same latents; what it is asked first is the start.
     seen.latents = [*seen.latents[:-1:2][1:], seen.latents[-1]]
     return seen
-
-
-def to_uint8(frames):
-    """What the official save_video makes of frames in [-1, 1]: cut, not rounded."""
-    return (torch.from_numpy(frames.copy()).clamp(-1, 1).add(1).div(2) * 255).type(torch.uint8).numpy()
