@@ -275,3 +275,19 @@ def test_a_quantization_that_the_rows_cannot_have(square, dst):
     (dst / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"cannot be quantized as its config\.json says|does not fit"):
         locate(dst)
+
+
+def test_quantized_modules_are_not_saved(square, tmp_path, dst):
+    convert(square, dst, bits=4)
+    checkpoint = locate(dst)
+    with pytest.raises(ValueError, match="a quantized module cannot be saved"):
+        save_native(
+            tmp_path / "again",
+            model="mine",
+            transformer=load_transformer(checkpoint, mx.float32),
+            text_encoder=load_text_encoder(checkpoint, mx.float32),
+            vae=load_vae(checkpoint),
+            tokenizer_json=checkpoints.TOKENIZER,
+            sampling={},
+        )
+    assert not (tmp_path / "again").exists()

@@ -446,6 +446,12 @@ def test_tiny_is_the_embedded_folder(tmp_path, folder, monkeypatch):
     assert checkpoint.spec.negative_prompt == ""
 
 
+def test_the_default_size_is_a_trained_one(tmp_path, folder):
+    sampling = {"width": 96, "height": 64}
+    spec = locate(save(tmp_path / "native", folder, model="tiny", sampling=sampling)).spec
+    assert (spec.width, spec.height, spec.sizes) == (96, 64, ((96, 64),))
+
+
 def test_dimensions_of_the_5b():
     shapes = {
         part: {n: tuple(s) for n, s in cases.official_names("ti2v-5B", part).items()} for part in checkpoints.PARTS

@@ -292,4 +292,7 @@ def _spec(path: Path, extra: Mapping[str, Any], transformer: Component, vae: VAE
         allowed = (int, float) if SAMPLING_TYPES[key] is float else (SAMPLING_TYPES[key],)
         if type(value) not in allowed:
             raise CheckpointError(f"{path}: mlx_wan.sampling.{key} cannot be {value!r}")
-    return replace(spec.with_sampling(sampling), vae_stride=vae.stride)
+    spec = replace(spec.with_sampling(sampling), vae_stride=vae.stride)
+    size = (spec.width, spec.height)
+    # A config.json that asks for another size than the zoo knows speaks of a model trained for that size.
+    return spec if not spec.sizes or size in spec.sizes else replace(spec, sizes=(size,))

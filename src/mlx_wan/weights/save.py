@@ -129,7 +129,13 @@ def remove_tensors(folder: Path) -> None:
 
 
 def module_tensors(module: nn.Module, dtype: mx.Dtype | None = None) -> list[TensorInfo]:
-    """The parameters of a module dressed as tensors of a file, floats in `dtype` if one is given."""
+    """The parameters of a module dressed as tensors of a file, floats in `dtype` if one is given.
+
+    Raises:
+        ValueError: the module is quantized; `convert` writes quantized models.
+    """
+    if any(isinstance(layer, nn.QuantizedLinear) for layer in module.modules()):
+        raise ValueError("a quantized module cannot be saved; save the original and convert it with bits=")
     parameters: dict[str, mx.array] = dict(tree_flatten(module.parameters()))  # pyright: ignore[reportArgumentType]
     return [_parameter(name, array, dtype) for name, array in parameters.items()]
 
