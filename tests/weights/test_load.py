@@ -201,6 +201,7 @@ def test_unknown_sampling_settings_are_not_written(tmp_path, folder):
         ("sampling", {"colour": 1}, "unexpected entries under mlx_wan.sampling"),
         ("sampling", {"width": "64"}, "mlx_wan.sampling.width cannot be '64'"),
         ("quantization", {"bits": 3, "group_size": 64}, "quantization .* is not supported"),
+        ("colours", {"red": 1}, "unexpected entries under mlx_wan: colours"),
         ("quantization", {"bits": 4, "group_size": 32}, "does not fit the transformer"),
     ],
 )
@@ -213,9 +214,10 @@ def test_a_native_config_must_tell_the_truth(tmp_path, folder, section, change, 
         locate(native)
 
 
-def test_a_future_native_format(tmp_path, folder):
+@pytest.mark.parametrize("extra", [{"format": 2, "model": "tiny"}, {"format": 1}, {"format": 1, "model": []}, 5])
+def test_a_future_native_format(tmp_path, folder, extra):
     native = save(tmp_path / "native", folder)
-    checkpoints.edit_json(native / "config.json", mlx_wan={"format": 2})
+    checkpoints.edit_json(native / "config.json", mlx_wan=extra)
     with pytest.raises(CheckpointError, match="not a native format this version reads"):
         locate(native)
 

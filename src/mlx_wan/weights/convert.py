@@ -5,16 +5,20 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
 from mlx_wan.errors import UserError
+from mlx_wan.weights.checkpoint import Checkpoint
 from mlx_wan.weights.fit import component_tensors
 from mlx_wan.weights.identify import COMPONENTS
 from mlx_wan.weights.locate import locate
 from mlx_wan.weights.quantize import Quantization, quantize_tensors
 from mlx_wan.weights.save import MAX_SHARD_BYTES, native_config, remove_tensors, write_native
 from mlx_wan.weights.tensors import TensorInfo
+
+Parts = Mapping[str, list[TensorInfo]]
 
 
 def convert(
@@ -52,19 +56,10 @@ def convert(
     if checkpoint.quantization is not None:
         raise UserError(f"{checkpoint.folder}: is quantized already; convert the original")
     _check_destination(checkpoint.folder, dst, overwrite)
-    parts = {name: component_tensors(checkpoint, name, dtype) for name in COMPONENTS}
-    if how is not None:
-        parts = {name: quantize_tensors(tensors, name, how) for name, tensors in parts.items()}
-    config = native_config(
-        checkpoint.spec.name,
-        transformer=checkpoint.transformer_config,
-        text_encoder=checkpoint.text_encoder_config,
-        vae=checkpoint.vae_config,
-        sampling=checkpoint.spec.sampling(),
-        quantization=how,
-    )
+    parts = _parts(checkpoint, dtype, how)
     partial = _make_partial(dst, _size(parts))
     try:
+        config = _config(checkpoint, how)
         write_native(partial, _watched(parts, progress), checkpoint.tokenizer, config, max_shard_bytes)
         _move(partial, dst)
     finally:
@@ -72,7 +67,23 @@ def convert(
     return dst
 
 
-Parts = Mapping[str, list[TensorInfo]]
+def _parts(checkpoint: Checkpoint, dtype: mx.Dtype | None, how: Quantization | None) -> Parts:
+    """The tensors of each component as they will be stored."""
+    parts = {name: component_tensors(checkpoint, name, dtype) for name in COMPONENTS}
+    if how is None:
+        return parts
+    return {name: quantize_tensors(tensors, name, how) for name, tensors in parts.items()}
+
+
+def _config(checkpoint: Checkpoint, how: Quantization | None) -> dict[str, Any]:
+    return native_config(
+        checkpoint.spec.name,
+        transformer=checkpoint.transformer_config,
+        text_encoder=checkpoint.text_encoder_config,
+        vae=checkpoint.vae_config,
+        sampling=checkpoint.spec.sampling(),
+        quantization=how,
+    )
 
 
 def _size(parts: Parts) -> int:

@@ -36,12 +36,8 @@ def describe(path: str | Path) -> dict[str, Any]:
         CheckpointError: a single file that is damaged.
     """
     path = EMBEDDED if str(path) == "tiny" and not Path(path).exists() else Path(path).expanduser()
-    if not path.exists():
-        raise UserError(f"{path}: no such file or folder")
     problems: list[str] = []
-    groups = _folder_groups(path, problems) if path.is_dir() else [read_tensors(path)]
-    if path.is_dir() and not groups and not problems:
-        raise UserError(f"{path}: no tensor files in this folder ({', '.join(TENSOR_SUFFIXES)})")
+    groups = _groups(path, problems)
     identities = [_identity(group) for group in groups]
     config = _config(path / "config.json", problems) if path.is_dir() else {}
     quantization = _quantization(config, groups)
@@ -55,13 +51,24 @@ def describe(path: str | Path) -> dict[str, Any]:
     return {
         "path": str(path),
         "model": _model(config, identities),
-        "layout": layout.name if layout else None,
+        "layout": layout and layout.name,
         "quantization": quantization,
         "total": _sum(rows),
         "components": _components(rows, identities),
         "tensors": [{key: value for key, value in row.items() if key != "parameters"} for row in rows],
         "problems": problems,
     }
+
+
+def _groups(path: Path, problems: list[str]) -> list[dict[str, TensorInfo]]:
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder")
+    if not path.is_dir():
+        return [read_tensors(path)]
+    groups = _folder_groups(path, problems)
+    if not groups and not problems:
+        raise UserError(f"{path}: no tensor files in this folder ({', '.join(TENSOR_SUFFIXES)})")
+    return groups
 
 
 def _folder_groups(folder: Path, problems: list[str]) -> list[dict[str, TensorInfo]]:

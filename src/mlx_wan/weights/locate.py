@@ -154,10 +154,8 @@ def _read_folder(folder: Path) -> Checkpoint:
         raise CheckpointError(_missing_message(folder, layout, missing))
     paths = {part: _find(folder, names) or folder for part, names in layout.files.items()}
     parts = {name: _read_component(paths[name], name) for name in COMPONENTS}
-    extra = config.get("mlx_wan", {})
     config_file = folder / "config.json"
-    if not isinstance(extra, dict) or (layout is NATIVE and extra.get("format") != 1):
-        raise CheckpointError(f"{config_file}: not a native format this version reads; convert the model again")
+    extra = _native_extra(config_file, config)
     transformer = _transformer_config(config_file, config, parts["transformer"])
     text_encoder = _text_encoder_config(config_file, extra.get("text_encoder"), parts["text_encoder"])
     vae = _vae_config(config_file, extra.get("vae"), parts["vae"])
@@ -177,6 +175,18 @@ def _read_folder(folder: Path) -> Checkpoint:
     for component in COMPONENTS:
         component_tensors(checkpoint, component, None)
     return checkpoint
+
+
+def _native_extra(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What the native config.json adds under "mlx_wan"; {} in other layouts."""
+    if "mlx_wan" not in config:
+        return {}
+    extra = config["mlx_wan"]
+    if not isinstance(extra, dict) or extra.get("format") != 1 or not isinstance(extra.get("model"), str):
+        raise CheckpointError(f"{path}: not a native format this version reads; convert the model again")
+    if unknown := extra.keys() - {"format", "model", "vae", "text_encoder", "sampling", "quantization"}:
+        raise CheckpointError(f"{path}: unexpected entries under mlx_wan: {', '.join(sorted(unknown))}")
+    return extra
 
 
 def _read_component(path: Path, component: str) -> Component:

@@ -45,7 +45,7 @@ class Quantization:
         try:
             return cls(**values)
         except (TypeError, UserError) as error:
-            raise CheckpointError(f"config.json: quantization {dict(values)} is not supported") from error
+            raise CheckpointError(f"config.json: quantization {values!r} is not supported") from error
 
 
 def is_quantized(component: str, module_name: str) -> bool:
