@@ -28,10 +28,11 @@ def test_seconds_per_stage_and_time_left(clock, capsys):
         clock(4)  # in the middle of the second step
         assert progress.time_left() == pytest.approx(3 * 10 + 2 * PIECE_COST * 10 - 4)
         clock(2)
-        progress.step_done()  # the mean of 10 and 6
-        assert progress.time_left() == pytest.approx(2 * 8 + 2 * PIECE_COST * 8)
+        progress.step_done()  # from here on without the first, which compiles
+        assert progress.time_left() == pytest.approx(2 * 6 + 2 * PIECE_COST * 6)
         clock(8)
         progress.step_done()
+        assert progress.time_left() == pytest.approx(7 + 2 * PIECE_COST * 7)
         progress.step_done()
         progress.stage("decode")
         clock(5)

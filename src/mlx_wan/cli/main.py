@@ -18,6 +18,7 @@ from mlx_wan.errors import WanError
 # Each module offers add_parser(subparsers) -> parser, and run(args) -> exit code or None for 0. Importing one must
 # stay cheap: whatever is heavy is imported inside run.
 COMMANDS = {
+    "generate": "mlx_wan.cli.generate",
     "inspect": "mlx_wan.cli.inspect",
     "convert": "mlx_wan.cli.convert",
     "train": "mlx_wan.cli.train",

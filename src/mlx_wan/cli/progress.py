@@ -25,6 +25,7 @@ class Progress:
         self.seconds: dict[str, float] = {}
         self._steps, self._pieces = steps, pieces
         self._steps_done = self._pieces_done = 0
+        self._first_step_end = 0.0
         self._step_seconds: float | None = None
         self._piece_seconds: float | None = None
         self._stage_name = ""
@@ -65,7 +66,11 @@ class Progress:
     def step_done(self) -> None:
         """One denoising step is done."""
         self._steps_done += 1
-        self._step_seconds = (time.perf_counter() - self._stage_start) / self._steps_done
+        now = time.perf_counter()
+        if self._steps_done == 1:  # it compiles, and may have loaded weights: no measure once there is another
+            self._first_step_end, self._step_seconds = now, now - self._stage_start
+        else:
+            self._step_seconds = (now - self._first_step_end) / (self._steps_done - 1)
         self._advance(1)
 
     def piece_done(self) -> None:

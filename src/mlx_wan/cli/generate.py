@@ -1,0 +1,260 @@
+"""`mlx-wan generate`: from a prompt, or a prompt and a picture, to a video file.
+
+Flags carry the names of Wan's official generate.py, with shorter ones beside them. Everything that can be wrong
+with a request is found out before weights are loaded.
+"""
+
+import argparse
+import math
+import re
+import secrets
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlx_wan import backend
+from mlx_wan.cli.progress import Progress
+from mlx_wan.errors import UserError
+
+if TYPE_CHECKING:
+    from mlx_wan.pipeline import Event
+    from mlx_wan.video import VideoWriter
+    from mlx_wan.weights.checkpoint import Checkpoint, Component
+
+SUMMARY = "make a video from a prompt, or from a prompt and a picture"
+TASK = "ti2v-5B"
+OTHER_TASKS = ("t2v-A14B", "i2v-A14B", "animate-14B", "s2v-14B")
+SOLVERS = ("unipc", "dpm++", "euler")
+DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+LARGEST_SEED = 2**63 - 1
+
+
+# --- flags ---------------------------------------------------------------------------------------------------
+
+
+def add_parser(commands: Any) -> argparse.ArgumentParser:
+    parser = commands.add_parser("generate", help=SUMMARY, description=SUMMARY)
+    what = parser.add_argument_group("what to make")
+    what.add_argument("--prompt", required=True, help="what the video shows")
+    what.add_argument("--negative_prompt", "--n_prompt", help="what it must not show (default: the model's own)")
+    what.add_argument("--image", metavar="FILE", help="a picture to start from: the video's first frame")
+    what.add_argument("--size", metavar="W*H", help="width*height in pixels; with --image only the area counts")
+    what.add_argument("--frame_num", "--num_frames", type=int, metavar="N", help="number of frames, 4n+1")
+    what.add_argument("--fps", type=float, help="frames a second of the file (default: the model's own)")
+    what.add_argument("--save_file", "--output", "-o", metavar="FILE", help="default: a telling name in this folder")
+    model = parser.add_argument_group("which model")
+    model.add_argument("--task", default=TASK, help=f"{TASK}, the only one so far")
+    model.add_argument(
+        "--ckpt_dir", "--model", metavar="DIR", help="model folder or Hub id (default: the small embedded model)"
+    )
+    model.add_argument("--dtype", choices=tuple(DTYPE_BYTES), help="of weights and products (default: by device)")
+    how = parser.add_argument_group("how (defaults: the model's own)")
+    how.add_argument("--base_seed", "--seed", type=int, default=-1, metavar="N", help="-1 for a random one")
+    how.add_argument("--sample_solver", "--scheduler", choices=SOLVERS, help="the sampler")
+    how.add_argument("--sample_steps", "--steps", type=int, metavar="N", help="denoising steps")
+    how.add_argument("--sample_shift", "--shift", type=float, metavar="X", help="shift of the noise schedule")
+    how.add_argument("--sample_guide_scale", "--guidance", type=float, metavar="X", help="guidance; 1 is none")
+    old = parser.add_argument_group("accepted from the official script, without effect here")
+    old.add_argument("--offload_model", nargs="?", const=True, type=_boolean, metavar="BOOL", help="memory is shared")
+    old.add_argument("--t5_cpu", action="store_true", help="memory is shared, and the text encoder freed after use")
+    old.add_argument("--convert_model_dtype", action="store_true", help="weights are converted as they are loaded")
+    return parser
+
+
+def _boolean(text: str) -> bool:
+    words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    if text.lower() not in words:
+        raise argparse.ArgumentTypeError(f"{text!r} is not true or false")
+    return words[text.lower()]
+
+
+# --- the run -------------------------------------------------------------------------------------------------
+
+
+def run(args: argparse.Namespace) -> None:
+    """Check the request, make the video, and print where it is and what it took."""
+    _check_numbers(args)
+    from mlx_wan.video import check_writable, read_image
+    from mlx_wan.weights.locate import locate
+
+    image = read_image(args.image) if args.image else None
+    if args.save_file:
+        check_writable(args.save_file)
+    checkpoint = locate(args.ckpt_dir or "tiny")
+    if not args.ckpt_dir:
+        _note("no --ckpt_dir: the small embedded model draws this (coloured shapes that move)")
+    options = _options(args, checkpoint, image)
+    path = Path(args.save_file) if args.save_file else _free_name(args.prompt, checkpoint.spec.name, options)
+    check_writable(path)
+    _check_memory(checkpoint, args.dtype)
+    _say_what_is_pointless(args)
+    seconds = _make(args, checkpoint, options, path)
+    print(path)
+    print(f"seed {options['seed']}")
+    stages = ", ".join(f"{stage} {spent:.1f} s" for stage, spent in seconds.items())
+    print(f"{stages}, together {sum(seconds.values()):.1f} s")
+    print(f"peak memory {backend.peak_memory() / 2**30:.2f} GiB")
+
+
+def _make(args: argparse.Namespace, checkpoint: "Checkpoint", options: dict[str, Any], path: Path) -> dict[str, float]:
+    """Load, generate and write, under one progress bar; returns the seconds each stage took."""
+    import mlx.core as mx
+
+    import mlx_wan
+    from mlx_wan.video import VideoWriter
+
+    pieces = (options["num_frames"] - 1) // checkpoint.spec.vae_stride[0] + 1
+    with Progress(options["num_inference_steps"], pieces) as progress:
+        progress.stage("load")
+        dtype = getattr(mx, args.dtype) if args.dtype else None
+        pipe = mlx_wan.WanPipeline.from_pretrained(checkpoint.folder, dtype=dtype)
+        if not pipe.low_memory:  # else each part is loaded in the stage that needs it
+            _ = pipe.text_encoder, pipe.transformer, pipe.vae
+        events = pipe.stream(args.prompt, **options)
+        metadata = _facts(args, checkpoint, options, str(pipe.dtype))
+        with VideoWriter(path, args.fps or checkpoint.spec.fps, metadata=metadata) as writer:
+            progress.stage("text")
+            for event in events:
+                _follow(event, progress, writer, with_image=args.image is not None)
+    return progress.seconds
+
+
+def _follow(event: "Event", progress: Progress, writer: "VideoWriter", with_image: bool) -> None:
+    """An event says what is finished: show what comes next, and write frames as they come."""
+    if event.stage == "text" and event.index == event.total:
+        progress.stage("image" if with_image else "denoise")
+    elif event.stage == "image":
+        progress.stage("denoise")
+    elif event.stage == "denoise":
+        progress.step_done()
+    elif event.stage == "latents":
+        progress.stage("decode")
+    elif event.stage == "frames":
+        writer.write(event.value)
+        progress.piece_done()
+
+
+# --- the request ---------------------------------------------------------------------------------------------
+
+
+def _check_numbers(args: argparse.Namespace) -> None:
+    """What can be judged without knowing the model."""
+    if args.task != TASK:
+        known = f"is not supported yet; only {TASK} is" if args.task in OTHER_TASKS else f"is unknown; use {TASK}"
+        raise UserError(f"--task {args.task} {known}")
+    if args.sample_steps is not None and not 1 <= args.sample_steps <= 1000:
+        raise UserError(f"--sample_steps {args.sample_steps}: must be 1 to 1000")
+    if args.sample_shift is not None and not 0 < args.sample_shift < math.inf:
+        raise UserError(f"--sample_shift {args.sample_shift}: must be above 0")
+    if args.sample_guide_scale is not None and not math.isfinite(args.sample_guide_scale):
+        raise UserError(f"--sample_guide_scale {args.sample_guide_scale}: must be a number")
+    if args.fps is not None and not 1 <= args.fps <= 240:
+        raise UserError(f"--fps {args.fps:g}: must be 1 to 240")
+    if args.base_seed > LARGEST_SEED:
+        raise UserError(f"--base_seed {args.base_seed}: must be at most {LARGEST_SEED}")
+
+
+def _options(args: argparse.Namespace, checkpoint: "Checkpoint", image: Any) -> dict[str, Any]:
+    """The pipeline's arguments, with the model's own values where nothing was asked for."""
+    spec = checkpoint.spec
+    width, height = _size(args, checkpoint, image)
+    frames = spec.num_frames if args.frame_num is None else args.frame_num
+    stride = spec.vae_stride[0]
+    if frames < 1 or (frames - 1) % stride:
+        near = max(round((frames - 1) / stride), 0) * stride + 1
+        raise UserError(f"--frame_num {frames}: must be {stride}n+1, for instance {near}")
+    return {
+        "image": image,
+        "negative_prompt": spec.negative_prompt if args.negative_prompt is None else args.negative_prompt,
+        "width": width,
+        "height": height,
+        "num_frames": frames,
+        "num_inference_steps": args.sample_steps or spec.num_inference_steps,
+        "guidance_scale": spec.guidance_scale if args.sample_guide_scale is None else args.sample_guide_scale,
+        "shift": args.sample_shift or spec.shift,
+        "scheduler": args.sample_solver or spec.scheduler,
+        "seed": secrets.randbelow(2**32) if args.base_seed < 0 else args.base_seed,
+    }
+
+
+def _size(args: argparse.Namespace, checkpoint: "Checkpoint", image: Any) -> tuple[int, int]:
+    spec = checkpoint.spec
+    width, height = (spec.width, spec.height) if args.size is None else _parse_size(args.size)
+    step_w = spec.vae_stride[2] * checkpoint.transformer_config.patch_size[2]
+    step_h = spec.vae_stride[1] * checkpoint.transformer_config.patch_size[1]
+    if spec.sizes and (width, height) not in spec.sizes:
+        trained = " and ".join(f"{w}*{h}" for w, h in spec.sizes)
+        _note(f"the model was trained for {trained}; {width}*{height} may look worse")
+    if image is not None:
+        from mlx_wan.conditioning import best_output_size
+
+        return best_output_size(image.width, image.height, step_w, step_h, width * height)
+    if width % step_w or height % step_h or not width or not height:
+        near = "*".join(str(max(round(n / step), 1) * step) for n, step in ((width, step_w), (height, step_h)))
+        raise UserError(f"--size {args.size}: width must be a multiple of {step_w}, height of {step_h}; try {near}")
+    return width, height
+
+
+def _parse_size(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d{1,5})\s*[*xX×]\s*(\d{1,5})", text.strip())
+    if not match:
+        raise UserError(f"--size {text}: must be width*height in pixels, such as 1280*704")
+    return int(match[1]), int(match[2])
+
+
+def _free_name(prompt: str, model: str, options: dict[str, Any]) -> Path:
+    """A name in the current folder that tells what the video is and is not taken yet."""
+    words = re.sub(r"[^\w-]+", "_", prompt)[:50].strip("_") or "video"
+    stem = f"{model}_{options['width']}x{options['height']}_{words}_{time.strftime('%Y%m%d_%H%M%S')}"
+    path, number = Path(f"{stem}.mp4"), 1
+    while path.exists():
+        number += 1
+        path = Path(f"{stem}_{number}.mp4")
+    return path
+
+
+def _check_memory(checkpoint: "Checkpoint", dtype: str | None) -> None:
+    """Refuse a model whose weights alone are more than the memory; warn when they leave little of it.
+
+    The text encoder is freed before the transformer comes, and the VAE stays with either.
+    """
+    size = DTYPE_BYTES[dtype or str(backend.default_dtype()).removeprefix("mlx.core.")]
+    vae = _weight_bytes(checkpoint.vae, 4)
+    needed = vae + max(_weight_bytes(checkpoint.text_encoder, size), _weight_bytes(checkpoint.transformer, size))
+    total = backend.total_memory()
+    sizes = f"the weights take {needed / 2**30:.1f} GiB of {total / 2**30:.1f} GiB of memory"
+    if needed > total:
+        raise UserError(
+            f"{checkpoint.folder}: {sizes}; convert the model to fewer bits first (mlx-wan convert -q 8) "
+            "or use a larger machine"
+        )
+    if needed > 0.75 * total:
+        _note(f"{sizes}: it may not be enough")
+
+
+def _weight_bytes(part: "Component", size: int) -> int:
+    """Memory of a component whose floating-point tensors are loaded with `size` bytes an element."""
+    return sum(math.prod(info.shape) * size if "float" in info.dtype else info.nbytes for info in part.tensors.values())
+
+
+def _facts(args: argparse.Namespace, checkpoint: "Checkpoint", options: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """What is stored in the video: all that is needed to make it again."""
+    import mlx_wan
+
+    picture = {"image": Path(args.image).name} if args.image else {}
+    settings = {name: value for name, value in options.items() if name != "image"}
+    model = {"model": checkpoint.spec.name, "dtype": dtype.removeprefix("mlx.core.")}
+    return {"prompt": args.prompt, **picture, **settings, **model, "mlx_wan": mlx_wan.__version__}
+
+
+def _say_what_is_pointless(args: argparse.Namespace) -> None:
+    given = [f"--{flag}" for flag in ("t5_cpu", "convert_model_dtype") if getattr(args, flag)]
+    if args.offload_model is not None:
+        given.insert(0, "--offload_model")
+    if given:
+        _note(f"{', '.join(given)}: no effect here, because CPU and GPU share their memory")
+
+
+def _note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr)
