@@ -327,6 +327,14 @@ class WanVAE22(nn.Module):
         self.conv2 = CausalConv3d(config.z_dim, config.z_dim, (1, 1, 1))
         self.decoder = Decoder(config)
 
+    def init_weights(self) -> None:
+        """For training from scratch: latents begin almost without noise, at a log-variance near −6.
+
+        At a variance of one, where random weights would start, there is little to learn from.
+        """
+        z_dim = self.config.z_dim
+        self.conv1.bias = mx.concatenate([mx.zeros((z_dim,)), mx.full((z_dim,), -6.0)])
+
     def moments(self, piece: mx.array, cache: FeatureCache) -> tuple[mx.array, mx.array]:
         """Mean and log-variance, each (B, t, h, w, z_dim) and not normalised, of a piece (B, T, H, W, 3) of video.
 

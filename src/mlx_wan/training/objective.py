@@ -59,13 +59,13 @@ def flow_loss(
 
 
 def autoencoder_loss(
-    vae: WanVAE22, video: mx.array, noise: mx.array, kl_weight: float, dtype: mx.Dtype
+    vae: WanVAE22, video: mx.array, key: mx.array, kl_weight: float, dtype: mx.Dtype
 ) -> tuple[mx.array, dict[str, mx.array]]:
     """Reconstruction of whole clips, and a pull of the latents towards unit Gaussians.
 
     Args:
         video: (B, T, H, W, 3) in [-1, 1], float32.
-        noise: Gaussian, of the latents' shape (B, t, h, w, z_dim): the latent drawn is mean + std·noise.
+        key: random key of the noise; the latent drawn is mean + std·noise.
         kl_weight: weight of the mean Kullback-Leibler divergence of a latent value.
         dtype: what the convolutions compute in; their weights should have it too.
 
@@ -74,7 +74,7 @@ def autoencoder_loss(
     """
     mean, log_variance = (a.astype(mx.float32) for a in vae.moments(video.astype(dtype), FeatureCache()))
     log_variance = mx.clip(log_variance, -20, 10)
-    latents = mean + mx.exp(0.5 * log_variance) * noise
+    latents = mean + mx.exp(0.5 * log_variance) * mx.random.normal(mean.shape, key=key)
     error = vae.pixels(latents.astype(dtype), FeatureCache()).astype(mx.float32) - video
     kl = 0.5 * (mx.square(mean) + mx.exp(log_variance) - 1 - log_variance).mean()
     mse = mx.square(error).mean()

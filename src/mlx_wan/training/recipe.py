@@ -13,7 +13,7 @@ from mlx_wan.training.tiny import AutoencoderRecipe, Clips, TransformerRecipe, b
 from mlx_wan.training.trainer import TrainConfig
 
 _STAGES = {
-    "autoencoder": (AutoencoderRecipe, {"model": VAEConfig}),
+    "autoencoder": (AutoencoderRecipe, {"model": VAEConfig, "crops": Clips}),
     "transformer": (TransformerRecipe, {"transformer": TransformerConfig, "text_encoder": TextEncoderConfig}),
 }
 

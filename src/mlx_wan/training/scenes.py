@@ -66,6 +66,25 @@ def sample_batch(
     return scenes, encode_scenes(scenes), [caption(scene, draw) for scene in scenes]
 
 
+def crop(params: np.ndarray, rng: np.random.Generator, part: float) -> np.ndarray:
+    """Parameters of square windows, `part` of the frame wide, cut out of the scenes (B, 2, NUM_PARAMS).
+
+    Three in four windows are laid about a place on the first object's way, the others anywhere. Rendering the result
+    at `part` of the size shows the same pixels that the window of the whole frame shows.
+    """
+    out, count = params.copy(), len(params)
+    near = rng.random(count) < 0.75
+    for axis in "xy":
+        centre = params[:, 0, _AT[axis]] + params[:, 0, _AT["d" + axis]] * rng.random(count) / 2
+        about = centre - part / 2 + rng.uniform(-0.3, 0.3, count) * part
+        corner = np.where(near, about, rng.uniform(-0.1, 1.1 - part, count))
+        out[:, :, _AT[axis]] = (params[:, :, _AT[axis]] - corner[:, None]) / part
+        out[:, :, _AT["d" + axis]] /= part
+    for length in ("orbit", "bounce", "radius"):
+        out[:, :, _AT[length]] /= part
+    return out
+
+
 def render(
     params: mx.array,
     num_frames: int = CLIP_FRAMES,

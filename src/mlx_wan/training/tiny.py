@@ -22,7 +22,7 @@ from mlx_wan.models.umt5 import TextEncoderConfig, UMT5Encoder
 from mlx_wan.models.vae22 import FeatureCache, VAEConfig, WanVAE22
 from mlx_wan.training.captions import build_tokenizer
 from mlx_wan.training.objective import autoencoder_loss, flow_loss, psnr, sample_sigmas
-from mlx_wan.training.scenes import render, sample_batch
+from mlx_wan.training.scenes import crop, render, sample_batch
 from mlx_wan.training.trainer import Batch, TrainConfig, Trainer
 
 PAD, EOS = 0, 1
@@ -39,11 +39,18 @@ class Clips:
 
 @dataclass(frozen=True)
 class AutoencoderRecipe:
-    """Stage one. kl_weight: of the pull towards unit Gaussians, a mean over latent values."""
+    """Stage one.
+
+    kl_weight: of the pull towards unit Gaussians, a mean over latent values. crops: if given, training sees windows of
+    this size and length, and every `whole_every`-th batch is of `whole_batch` whole clips. validation_clips: whole.
+    """
 
     model: VAEConfig
     train: TrainConfig
     clips: Clips
+    crops: Clips | None = None
+    whole_every: int = 8
+    whole_batch: int = 1
     kl_weight: float = 5e-5
     validation_clips: int = 64
 
@@ -119,23 +126,22 @@ def autoencoder_trainer(recipe: AutoencoderRecipe, folder: Path) -> tuple[Traine
     config, clips = recipe.train, recipe.clips
     mx.random.seed(config.seed)
     vae = WanVAE22(recipe.model)
-    stride_t, stride_h, stride_w = recipe.model.stride
-    latent_shape = (
-        config.batch_size,
-        1 + (clips.num_frames - 1) // stride_t,
-        clips.height // stride_h,
-        clips.width // stride_w,
-        recipe.model.z_dim,
-    )
+    vae.init_weights()
+    crops = recipe.crops or clips
 
     def loss(model: nn.Module, batch: Batch, key: mx.array):
-        video = draw(batch["scenes"], clips)
-        noise = mx.random.normal(latent_shape, key=key)
-        return autoencoder_loss(model, video, noise, recipe.kl_weight, config.dtype)  # type: ignore[arg-type]
+        video = draw(batch["whole"], clips) if "whole" in batch else draw(batch["cropped"], crops)
+        return autoencoder_loss(model, video, key, recipe.kl_weight, config.dtype)  # type: ignore[arg-type]
 
-    def batch_at(step: int) -> Batch:
-        rng = np.random.default_rng([config.seed, step])
-        return {"scenes": mx.array(sample_batch(rng, config.batch_size, held_out=False)[1])}
+    def batch_at(index: int) -> Batch:
+        rng = np.random.default_rng([config.seed, index])
+        if recipe.crops is None:
+            return {"whole": mx.array(sample_batch(rng, config.batch_size)[1])}
+        # Counted from 1, and so that processes that share a step share the kind of its batch.
+        if (index // mx.distributed.init().size() + 1) % recipe.whole_every == 0:
+            return {"whole": mx.array(sample_batch(rng, recipe.whole_batch)[1])}
+        params = sample_batch(rng, config.batch_size)[1]
+        return {"cropped": mx.array(crop(params, rng, recipe.crops.width / clips.width))}
 
     def evaluate(model: nn.Module) -> dict[str, float]:
         _, scenes, _ = sample_batch(np.random.default_rng(1_000_000), recipe.validation_clips, held_out=True)
@@ -196,7 +202,8 @@ def train_autoencoder(recipe: AutoencoderRecipe, folder: Path, resume: bool, rep
     vae.update(trainer.ema["weights"])
     mean, std = latent_statistics(vae, recipe.clips)
     vae.config = replace(recipe.model, latents_mean=tuple(mean), latents_std=tuple(std))
-    save_autoencoder(vae, folder / "vae")
+    if trainer.is_first:
+        save_autoencoder(vae, folder / "vae")
     return folder / "vae"
 
 
@@ -229,7 +236,10 @@ def encode_pool(
         scenes, params, first = sample_batch(rng, batch, held_out=held_out)
         latents.append(compiled(mx.array(params)))
         mx.async_eval(latents[-1])
-        texts += [[one] + [caption(s, draw_words) for _ in range(recipe.captions - 1)] for s, one in zip(scenes, first)]
+        texts += [
+            [one] + [caption(s, draw_words) for _ in range(recipe.captions - 1)]
+            for s, one in zip(scenes, first, strict=True)
+        ]
         done += batch
     ids = tokenise(tokenizer, [text for group in texts for text in group], recipe.transformer.text_len)
     pool = mx.concatenate(latents)[:count]
@@ -290,7 +300,9 @@ def transformer_trainer(
     return trainer, batch_at, evaluate
 
 
-def train_transformer(recipe: TransformerRecipe, vae_folder: Path, folder: Path, resume: bool, report: Callable) -> Path:
+def train_transformer(
+    recipe: TransformerRecipe, vae_folder: Path, folder: Path, resume: bool, report: Callable
+) -> Path:
     """Stage two, whole; returns the folder of the finished model in the native layout."""
     vae, tokenizer = load_autoencoder(vae_folder), build_tokenizer()
     trainer, batch_at, evaluate = transformer_trainer(recipe, vae, tokenizer, folder)
@@ -298,7 +310,9 @@ def train_transformer(recipe: TransformerRecipe, vae_folder: Path, folder: Path,
         trainer.resume()
     trainer.fit(batch_at, evaluate, report)
     trainer.model.update(trainer.ema["weights"])
-    return export(trainer.model, vae, tokenizer, recipe, folder / "model")  # type: ignore[arg-type]
+    if trainer.is_first:
+        export(trainer.model, vae, tokenizer, recipe, folder / "model")  # type: ignore[arg-type]
+    return folder / "model"
 
 
 def export(model: TextToVideo, vae: WanVAE22, tokenizer: Tokenizer, recipe: TransformerRecipe, folder: Path) -> Path:

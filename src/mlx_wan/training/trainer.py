@@ -2,6 +2,7 @@
 
 Weights, gradients and optimizer are float32; the loss sees weights cast to the compute dtype. Batch and random key of
 a step follow from the seed and the step alone, so a run that was interrupted goes on exactly as if it had not been.
+Under `mlx.launch -n N` every process takes its own batches, gradients are averaged, and the first process writes.
 """
 
 import json
@@ -92,8 +93,10 @@ def make_optimizer(config: TrainConfig) -> optim.Optimizer:
 
 
 def _is_hidden_matrix(name: str, weight: mx.array) -> bool:
-    # Muon orthogonalises the update of matrices inside the blocks; embeddings, heads, norms and biases are AdamW's.
-    return weight.ndim == 2 and "blocks." in name and "embedding" not in name
+    # Muon orthogonalises the update of matrices and kernels inside the blocks. Embeddings, modulation, first and last
+    # layers, norms and biases are AdamW's.
+    inside = any(part in name for part in ("blocks.", "downsamples.", "middle.", "upsamples."))
+    return inside and weight.ndim >= 2 and "embedding" not in name and "modulation" not in name
 
 
 def in_compute_dtype(model: nn.Module, loss: Loss, dtype: mx.Dtype, float32: tuple[str, ...]) -> Loss:
@@ -118,6 +121,18 @@ def in_compute_dtype(model: nn.Module, loss: Loss, dtype: mx.Dtype, float32: tup
     return wrapped
 
 
+class _Clock:
+    """Steps a second since it was made or last asked."""
+
+    def __init__(self, step: int):
+        self.step, self.time = step, time.perf_counter()
+
+    def rate(self, step: int) -> float:
+        steps, self.step = step - self.step, step
+        seconds, self.time = time.perf_counter() - self.time, time.perf_counter()
+        return steps / seconds
+
+
 class Trainer:
     """Trains `model` in place.
 
@@ -129,10 +144,9 @@ class Trainer:
         float32: parts of names of parameters that the compute dtype leaves alone.
     """
 
-    def __init__(
-        self, model: nn.Module, loss: Loss, config: TrainConfig, folder: Path, float32: tuple[str, ...] = ()
-    ):
+    def __init__(self, model: nn.Module, loss: Loss, config: TrainConfig, folder: Path, float32: tuple[str, ...] = ()):
         self.model, self.config, self.folder = model, config, folder
+        self.world = mx.distributed.init()
         self.optimizer = make_optimizer(config)
         self.optimizer.init(model.trainable_parameters())
         self.ema = {"weights": tree_map(lambda a: a + 0, model.trainable_parameters())}
@@ -144,6 +158,7 @@ class Trainer:
 
     def _step(self, batch: Batch, key: mx.array) -> dict[str, mx.array]:
         (loss, parts), grads = self._value_and_grad(self.model, batch, key)
+        grads = nn.average_gradients(grads, self.world)
         grads, norm = optim.clip_grad_norm(grads, self.config.grad_clip)
         self.optimizer.update(self.model, grads)
         decay = self.config.ema_decay
@@ -177,9 +192,10 @@ class Trainer:
             self._update = partial(mx.compile, inputs=arrays, outputs=arrays)(self._step)
         return True
 
-    def save(self) -> Path:
-        """Writes the state of this moment."""
-        return save_state(self.folder, self.step, self.state(), self.config.keep)
+    def save(self) -> None:
+        """Writes the state of this moment, in the first process."""
+        if self.is_first:
+            save_state(self.folder, self.step, self.state(), self.config.keep)
 
     def fit(
         self,
@@ -189,37 +205,40 @@ class Trainer:
     ) -> None:
         """Runs from the current step to the last.
 
-        batch_at: the batch of a step; the same step must give the same batch. evaluate: numbers of the averaged
-        model, every `eval_every` steps and at the end. report: gets each row that goes to the log. An interrupt
+        batch_at: batch number i; the same number must give the same batch. evaluate: numbers of the averaged model,
+        every `eval_every` steps and at the end. report: gets each row that goes to the log. An interrupt
         (KeyboardInterrupt) writes a state before it goes on up. A loss that is not finite stops with the states
         of before kept.
         """
-        config = self.config
-        since, started = self.step, time.perf_counter()
+        config, clock = self.config, _Clock(self.step)
         try:
             while self.step < config.steps:
-                batch = batch_at(self.step)
-                key = mx.random.key(config.seed * 1_000_003 + self.step)
-                numbers = self._update(batch, key)
+                index = self.step * self.world.size() + self.world.rank()
+                numbers = self._update(batch_at(index), mx.random.key(config.seed * 1_000_003 + index))
                 mx.async_eval(numbers, self.model.state, self.optimizer.state, self.ema)
                 self.step += 1
-                if self.step % config.report_every == 0 or self.step == config.steps:
+                if self._due(config.report_every):
                     row = {name: value.item() for name, value in numbers.items()}
                     self._require_finite(row)
-                    elapsed = time.perf_counter() - started
-                    row["steps_per_s"] = (self.step - since) / elapsed
-                    row["peak_gib"] = mx.get_peak_memory() / 2**30
-                    self._log(row, report)
-                    since, started = self.step, time.perf_counter()
-                if evaluate and (self.step % config.eval_every == 0 or self.step == config.steps):
+                    rate = clock.rate(self.step)
+                    self._log({**row, "steps_per_s": rate, "peak_gib": mx.get_peak_memory() / 2**30}, report)
+                if evaluate and self._due(config.eval_every) and self.is_first:
                     self._log(self.with_averaged_weights(evaluate), report)
-                    since, started = self.step, time.perf_counter()
-                if self.step % config.save_every == 0 or self.step == config.steps:
+                    clock = _Clock(self.step)
+                if self._due(config.save_every):
                     self.save()
         except KeyboardInterrupt:
             mx.eval(self.model.state, self.optimizer.state, self.ema)
             self.save()
             raise
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process is the one that writes."""
+        return self.world.rank() == 0
+
+    def _due(self, every: int) -> bool:
+        return self.step % every == 0 or self.step == self.config.steps
 
     def with_averaged_weights(self, function: Callable[[nn.Module], Any]) -> Any:
         """function(model) while the model holds the moving average of its weights."""
@@ -240,6 +259,8 @@ class Trainer:
             )
 
     def _log(self, row: dict[str, float], report: Callable[[dict[str, float]], None]) -> None:
+        if not self.is_first:
+            return
         row = {"step": self.step, **row}
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "log.jsonl").open("a") as file:

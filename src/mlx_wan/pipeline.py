@@ -1,0 +1,372 @@
+"""From a prompt, or a prompt and a picture, to a video: the order of things, and who is in memory when."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_wan import backend
+from mlx_wan.errors import UserError
+from mlx_wan.models.transformer import WanTransformer
+from mlx_wan.models.umt5 import UMT5Encoder
+from mlx_wan.models.vae22 import WanVAE22
+from mlx_wan.sampling import denoise, initial_noise
+from mlx_wan.schedulers import Scheduler, make_scheduler
+from mlx_wan.text import Tokenizer, clean_prompt
+from mlx_wan.weights.load import (
+    Checkpoint,
+    load_text_encoder,
+    load_transformer,
+    load_vae,
+    locate,
+    tokenizer_path,
+)
+from mlx_wan.zoo import ModelSpec
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+OUTPUT_TYPES = ("np", "latent")
+
+
+class Event(NamedTuple):
+    """Something finished on the way to a video.
+
+    stage: "text", "image", "denoise", "frames" or "latents". index, total: how far that stage is, counted from 1.
+    value: for "denoise" and "latents" normalised latents (1, t, h, w, C); for "frames" the next piece of the video,
+    uint8 (n, H, W, 3); else None.
+    """
+
+    stage: str
+    index: int
+    total: int
+    value: Any = None
+
+
+@dataclass(frozen=True)
+class PipelineOutput:
+    """frames: uint8 (T, H, W, 3), None for output_type="latent". latents: (1, t, h, w, C), normalised. seed: of the
+    noise, None if the noise was given. fps: frames a second the model was made for."""
+
+    frames: np.ndarray | None
+    latents: mx.array
+    seed: int | None
+    fps: float
+
+
+@dataclass(frozen=True)
+class _Request:
+    """A call with every default filled in."""
+
+    prompt: str
+    image: "Image.Image | None"
+    negative_prompt: str
+    width: int
+    height: int
+    num_frames: int
+    guidance_scale: float
+    scheduler: Scheduler
+    seed: int | None
+    noise: mx.array
+
+
+class WanPipeline:
+    """Text, or text and a first frame, to video.
+
+    Components are loaded when first needed. With `low_memory` the text encoder leaves memory once the prompt is
+    encoded, and the transformer once the latents are done.
+
+    Attributes:
+        checkpoint: where the components come from, its headers checked.
+        spec: the model's name, sizes and sampling defaults.
+        dtype: of matrices and of what they are multiplied with; the VAE is always float32.
+        scheduler: of the last call; before it, the default one.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, dtype: mx.Dtype, low_memory: bool):
+        self.checkpoint, self.dtype, self.low_memory = checkpoint, dtype, low_memory
+        spec = checkpoint.spec
+        self.scheduler = make_scheduler(spec.scheduler, spec.num_inference_steps, spec.shift)
+        self.tokenizer = Tokenizer(tokenizer_path(checkpoint), checkpoint.transformer_config.text_len)
+        self._transformer: WanTransformer | None = None
+        self._text_encoder: UMT5Encoder | None = None
+        self._vae: WanVAE22 | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, dtype: mx.Dtype | None = None, low_memory: bool | None = None
+    ) -> "WanPipeline":
+        """The pipeline of a checkpoint folder, a Hub id such as "Wan-AI/Wan2.2-TI2V-5B", or "tiny".
+
+        Args:
+            path: see docs/checkpoints.md for the layouts.
+            dtype: None means bfloat16 on a GPU and float32 on the CPU.
+            low_memory: None decides: yes if all components together take over half of the memory.
+
+        Raises:
+            UserError: there is nothing at `path`, or not everything.
+            CheckpointError: a file is damaged or of another model.
+        """
+        checkpoint, dtype = locate(path), dtype or backend.default_dtype()
+        if low_memory is None:
+            parts = (checkpoint.transformer, checkpoint.text_encoder, checkpoint.vae)
+            size = sum(info.nbytes for part in parts for info in part.tensors.values())
+            low_memory = size > backend.total_memory() / 2
+        return cls(checkpoint, dtype, low_memory)
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self.checkpoint.spec
+
+    @property
+    def transformer(self) -> WanTransformer:
+        """(latents (B,t,h,w,C), timesteps (B,) or (B,tokens), context (B,n,text_dim)) -> velocity, float32."""
+        if self._transformer is None:
+            self._transformer = load_transformer(self.checkpoint, self.dtype)
+        return self._transformer
+
+    @property
+    def text_encoder(self) -> UMT5Encoder:
+        """(ids (B,L), mask (B,L)) -> (B,L,text_dim)."""
+        if self._text_encoder is None:
+            self._text_encoder = load_text_encoder(self.checkpoint, self.dtype)
+        return self._text_encoder
+
+    @property
+    def vae(self) -> WanVAE22:
+        """`encode` video (B,T,H,W,3) in [-1, 1] to normalised latents (B,t,h,w,C), `decode` them back."""
+        if self._vae is None:
+            self._vae = load_vae(self.checkpoint)
+        return self._vae
+
+    def encode_prompt(self, text: str) -> mx.array:
+        """Text embedding (n_tokens, text_dim), unpadded. The text is cleaned as the official code does."""
+        ids, mask = self.tokenizer(clean_prompt(text))
+        length = int(mask.sum())
+        # Padding is masked out of attention, so the tokens alone give the same vectors.
+        embedding = self.text_encoder(mx.array(ids[:, :length]))[0]
+        mx.eval(embedding)
+        return embedding
+
+    def __call__(
+        self,
+        prompt: str,
+        image: "Image.Image | str | Path | None" = None,
+        negative_prompt: str | None = None,
+        width: int | None = None,
+        height: int | None = None,
+        num_frames: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        shift: float | None = None,
+        scheduler: str | None = None,
+        seed: int | None = None,
+        latents: mx.array | None = None,
+        output_type: Literal["np", "latent"] = "np",
+        callback: Callable[[int, int, mx.array], None] | None = None,
+    ) -> PipelineOutput:
+        """Makes a video. What is None is the model's own default (`spec`).
+
+        Args:
+            prompt: what to show.
+            image: the first frame: a picture or its file. Without width and height the size follows the picture's
+                aspect ratio at the model's default area; with both, the picture is scaled and cropped to them.
+            negative_prompt: what to steer away from; has no effect at guidance_scale 1.
+            width, height: in pixels, multiples of VAE stride times patch (32 for the 5B).
+            num_frames: 4n + 1.
+            num_inference_steps: 1 to 1000.
+            guidance_scale: 1 is no guidance, and half the work.
+            shift: of the noise schedule.
+            scheduler: "unipc", "dpm++" or "euler".
+            seed: of the noise; None draws one.
+            latents: the noise to start from (1, t, h, w, C), instead of a seed.
+            output_type: "latent" leaves the latents undecoded.
+            callback: called with (step, steps, latents) after each step, steps counted from 1.
+
+        Raises:
+            UserError: a value that the model cannot take.
+            WanError: the latents became NaN or infinite.
+        """
+        if output_type not in OUTPUT_TYPES:
+            raise UserError(f"output_type is {output_type!r}; choose one of {', '.join(OUTPUT_TYPES)}")
+        request = self._request(
+            prompt,
+            image,
+            negative_prompt,
+            width,
+            height,
+            num_frames,
+            num_inference_steps,
+            guidance_scale,
+            shift,
+            scheduler,
+            seed,
+            latents,
+        )
+        result, pieces = request.noise, []
+        for event in self._run(request, decode=output_type == "np"):
+            if event.stage == "denoise" and callback is not None:
+                callback(event.index, event.total, event.value)
+            elif event.stage == "latents":
+                result = event.value
+            elif event.stage == "frames":
+                pieces.append(event.value)
+        frames = np.concatenate(pieces) if pieces else None
+        return PipelineOutput(frames, result, request.seed, self.spec.fps)
+
+    def stream(self, prompt: str, **options: Any) -> Iterator[Event]:
+        """Makes a video as `__call__` does, with its arguments from image to latents, and yields each `Event`.
+
+        Frames come in pieces as they are decoded, so that no more than a piece of the video is in memory. The request
+        is checked at once, not at the first event.
+        """
+        names = ("image", "negative_prompt", "width", "height", "num_frames", "num_inference_steps")
+        names += ("guidance_scale", "shift", "scheduler", "seed", "latents")
+        unknown = sorted(options.keys() - set(names))
+        if unknown:
+            raise TypeError(f"stream() got an unexpected keyword argument {unknown[0]!r}")
+        return self._run(self._request(prompt, *(options.get(name) for name in names)), decode=True)
+
+    # --- the order of things -----------------------------------------------------------------------------------------
+
+    def _run(self, request: _Request, decode: bool) -> Iterator[Event]:
+        context, negative = yield from self._encode_texts(request)
+        first_frame = yield from self._encode_image(request)
+        total, latents = len(request.scheduler.timesteps), request.noise
+        steps = denoise(
+            self.transformer,
+            request.scheduler,
+            request.noise,
+            context,
+            negative,
+            request.guidance_scale,
+            first_frame,
+        )
+        for index, latents in enumerate(steps, start=1):
+            yield Event("denoise", index, total, latents)
+        if self.low_memory:
+            # The generator holds the transformer too, until it is closed.
+            steps.close()
+            self._transformer = None
+            mx.clear_cache()
+        yield Event("latents", 1, 1, latents)
+        if decode:
+            for index, piece in enumerate(self.vae.stream_decode(latents), start=1):
+                yield Event("frames", index, latents.shape[1], to_uint8(piece[0]))
+
+    def _encode_texts(self, request: _Request) -> Iterator[Event]:
+        embeddings = []
+        for index, text in enumerate((request.prompt, request.negative_prompt), start=1):
+            embeddings.append(self._padded(self.encode_prompt(text)))
+            yield Event("text", index, 2)
+        if self.low_memory:
+            self._text_encoder = None
+            mx.clear_cache()
+        return tuple(embeddings)
+
+    def _encode_image(self, request: _Request) -> Iterator[Event]:
+        if request.image is None:
+            return None
+        from mlx_wan.conditioning import image_to_frame
+
+        latent = self.vae.encode(mx.array(image_to_frame(request.image, request.width, request.height)))
+        yield Event("image", 1, 1)
+        return latent
+
+    def _padded(self, embedding: mx.array) -> mx.array:
+        """(n, text_dim) -> (1, text_len, text_dim): the reference fills up with zeros, which attention does see."""
+        missing = self.checkpoint.transformer_config.text_len - embedding.shape[0]
+        return mx.pad(embedding, [(0, missing), (0, 0)])[None]
+
+    # --- the request -------------------------------------------------------------------------------------------------
+
+    def _request(
+        self,
+        prompt: str,
+        image: "Image.Image | str | Path | None",
+        negative_prompt: str | None,
+        width: int | None,
+        height: int | None,
+        num_frames: int | None,
+        num_inference_steps: int | None,
+        guidance_scale: float | None,
+        shift: float | None,
+        scheduler: str | None,
+        seed: int | None,
+        latents: mx.array | None,
+    ) -> _Request:
+        spec = self.spec
+        if not isinstance(prompt, str):
+            raise UserError(f"prompt is a {type(prompt).__name__}; it must be a string (one video a call)")
+        picture = _open(image)
+        width, height = self._size(width, height, picture)
+        num_frames = spec.num_frames if num_frames is None else num_frames
+        noise_shape = self._latent_shape(width, height, num_frames)
+        if latents is None:
+            seed = int(mx.random.randint(0, 2**31 - 1).item()) if seed is None else seed
+            latents = initial_noise(noise_shape, seed)
+        elif latents.shape != noise_shape:
+            raise UserError(f"latents are {latents.shape}; {width}x{height} and {num_frames} frames need {noise_shape}")
+        self.scheduler = make_scheduler(
+            spec.scheduler if scheduler is None else scheduler,
+            spec.num_inference_steps if num_inference_steps is None else num_inference_steps,
+            spec.shift if shift is None else shift,
+        )
+        return _Request(
+            prompt,
+            picture,
+            spec.negative_prompt if negative_prompt is None else negative_prompt,
+            width,
+            height,
+            num_frames,
+            spec.guidance_scale if guidance_scale is None else guidance_scale,
+            self.scheduler,
+            seed,
+            latents.astype(mx.float32),
+        )
+
+    def _steps(self) -> tuple[int, int]:
+        """What width and height must be multiples of."""
+        (_, stride_h, stride_w), (_, patch_h, patch_w) = (
+            self.checkpoint.vae_config.stride,
+            self.checkpoint.transformer_config.patch_size,
+        )
+        return stride_w * patch_w, stride_h * patch_h
+
+    def _size(self, width: int | None, height: int | None, picture: "Image.Image | None") -> tuple[int, int]:
+        if (width is None) != (height is None):
+            raise UserError("give both width and height, or neither")
+        if width is not None and height is not None:
+            return width, height
+        if picture is None:
+            return self.spec.width, self.spec.height
+        from mlx_wan.conditioning import best_output_size
+
+        area = self.spec.width * self.spec.height
+        return best_output_size(picture.width, picture.height, *self._steps(), area)
+
+    def _latent_shape(self, width: int, height: int, num_frames: int) -> tuple[int, ...]:
+        step_w, step_h = self._steps()
+        stride_t, stride_h, stride_w = self.checkpoint.vae_config.stride
+        if width <= 0 or height <= 0 or width % step_w or height % step_h:
+            raise UserError(f"size {width}x{height}: width must be a multiple of {step_w} and height of {step_h}")
+        if num_frames < 1 or num_frames % stride_t != 1 % stride_t:
+            raise UserError(f"num_frames is {num_frames}; it must be {stride_t}n+1, such as {self.spec.num_frames}")
+        frames = (num_frames - 1) // stride_t + 1
+        return 1, frames, height // stride_h, width // stride_w, self.checkpoint.vae_config.z_dim
+
+
+def _open(image: "Image.Image | str | Path | None") -> "Image.Image | None":
+    if isinstance(image, str | Path):
+        from mlx_wan.video import read_image
+
+        return read_image(image)
+    return image
+
+
+def to_uint8(video: mx.array) -> np.ndarray:
+    """Pixels in [-1, 1] to uint8 0-255, rounded."""
+    return np.array(mx.round((mx.clip(video, -1, 1) + 1) * 127.5).astype(mx.uint8))
