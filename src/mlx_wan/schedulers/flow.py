@@ -66,8 +66,7 @@ def check(num_inference_steps: int, shift: float) -> None:
     whole = isinstance(num_inference_steps, numbers.Integral) and not isinstance(num_inference_steps, bool)
     if not whole or not 1 <= num_inference_steps <= TRAIN_TIMESTEPS:
         raise UserError(
-            f"number of inference steps is {num_inference_steps!r}; "
-            f"give a whole number from 1 to {TRAIN_TIMESTEPS}"
+            f"number of inference steps is {num_inference_steps!r}; give a whole number from 1 to {TRAIN_TIMESTEPS}"
         )
     if not (isinstance(shift, numbers.Real) and math.isfinite(shift) and shift > 0):
         raise UserError(f"shift is {shift!r}; give a number above 0 (Wan2.2 TI2V uses 5)")
