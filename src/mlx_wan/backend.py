@@ -311,7 +311,7 @@ def facts(*, measure: bool = True) -> dict[str, Any]:
         "mlx wheels": wheels(),
         "wheel conflict": wheel_conflict(),
         "device": device_name(),
-        "device info": {key: value for key, value in mx.device_info().items() if not callable(value)},
+        "device info": {key: value for key, value in mx.device_info().items() if key != "uuid"},
         "default dtype": str(default_dtype()).removeprefix("mlx.core."),
         "blas": _blas_facts(measure),
         "memory": {"total bytes": total_memory(), "peak bytes": peak_memory()},
