@@ -22,6 +22,7 @@ COMMANDS = {
     "inspect": "mlx_wan.cli.inspect",
     "convert": "mlx_wan.cli.convert",
     "train": "mlx_wan.cli.train",
+    "scenes": "mlx_wan.cli.scenes",
     "info": "mlx_wan.cli.info",
 }
 COMPUTING = ("generate", "train")  # these get the hint about a missing BLAS
