@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .layers import attend, run_layers
+from .layers import GELU, SiLU, attend, run_layers
 
 # Parameters that stay float32 whatever the compute dtype: fragments of their names.
 FLOAT32_PARAMETERS = ("time_embedding.", "time_projection.", "modulation", "head.head.", "norm")
@@ -144,7 +144,7 @@ class Block(nn.Module):
         self.cross_attn = Attention(config, dtype)
         self.ffn = [
             nn.Linear(config.dim, config.ffn_dim),
-            nn.GELU(approx="tanh"),
+            GELU(),
             nn.Linear(config.ffn_dim, config.dim),
         ]
 
@@ -217,11 +217,11 @@ class WanTransformer(nn.Module):
         self.patch_embedding = PatchEmbedding(config, dtype)
         self.text_embedding = [
             nn.Linear(config.text_dim, config.dim),
-            nn.GELU(approx="tanh"),
+            GELU(),
             nn.Linear(config.dim, config.dim),
         ]
-        self.time_embedding = [nn.Linear(config.freq_dim, config.dim), nn.SiLU(), nn.Linear(config.dim, config.dim)]
-        self.time_projection = [nn.SiLU(), nn.Linear(config.dim, 6 * config.dim)]
+        self.time_embedding = [nn.Linear(config.freq_dim, config.dim), SiLU(), nn.Linear(config.dim, config.dim)]
+        self.time_projection = [SiLU(), nn.Linear(config.dim, 6 * config.dim)]
         self.blocks = [Block(config, dtype) for _ in range(config.num_layers)]
         self.head = Head(config)
 

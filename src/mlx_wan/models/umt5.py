@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .layers import attend, run_layers
+from .layers import GELU, attend, run_layers
 
 MAX_DISTANCE = 128  # tokens; further apart than this, all pairs share the last bucket
 
@@ -76,7 +76,7 @@ class SelfAttention(nn.Module):
 class GatedFeedForward(nn.Module):
     def __init__(self, config: TextEncoderConfig):
         super().__init__()
-        self.gate = [nn.Linear(config.dim, config.dim_ffn, bias=False), nn.GELU(approx="tanh")]
+        self.gate = [nn.Linear(config.dim, config.dim_ffn, bias=False), GELU()]
         self.fc1 = nn.Linear(config.dim, config.dim_ffn, bias=False)
         self.fc2 = nn.Linear(config.dim_ffn, config.dim, bias=False)
 

@@ -14,7 +14,7 @@ from itertools import pairwise
 import mlx.core as mx
 import mlx.nn as nn
 
-from .layers import run_layers
+from .layers import SiLU, run_layers
 
 
 @dataclass(frozen=True)
@@ -118,10 +118,10 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.residual = [
             RMSNorm(in_dim),
-            nn.SiLU(),
+            SiLU(),
             CausalConv3d(in_dim, out_dim, (3, 3, 3)),
             RMSNorm(out_dim),
-            nn.SiLU(),
+            SiLU(),
             nn.Identity(),  # the official dropout, which keeps the numbering
             CausalConv3d(out_dim, out_dim, (3, 3, 3)),
         ]
@@ -273,7 +273,7 @@ class Encoder(nn.Module):
             DownStage(a, b, config.num_res_blocks, i != last, temporal[i]) for i, (a, b) in enumerate(pairwise(dims))
         ]
         self.middle = [ResidualBlock(dims[-1], dims[-1]), AttentionBlock(dims[-1]), ResidualBlock(dims[-1], dims[-1])]
-        self.head = [RMSNorm(dims[-1]), nn.SiLU(), CausalConv3d(dims[-1], 2 * config.z_dim, (3, 3, 3))]
+        self.head = [RMSNorm(dims[-1]), SiLU(), CausalConv3d(dims[-1], 2 * config.z_dim, (3, 3, 3))]
 
     def __call__(self, x: mx.array, cache: FeatureCache) -> mx.array:
         x = self.conv1(x, cache)
@@ -293,7 +293,7 @@ class Decoder(nn.Module):
         self.upsamples = [
             UpStage(a, b, config.num_res_blocks + 1, i != last, temporal[i]) for i, (a, b) in enumerate(pairwise(dims))
         ]
-        self.head = [RMSNorm(dims[-1]), nn.SiLU(), CausalConv3d(dims[-1], 3 * config.patch_size**2, (3, 3, 3))]
+        self.head = [RMSNorm(dims[-1]), SiLU(), CausalConv3d(dims[-1], 3 * config.patch_size**2, (3, 3, 3))]
 
     def __call__(self, x: mx.array, cache: FeatureCache) -> mx.array:
         x = run_cached(self.middle, self.conv1(x, cache), cache)

@@ -1,0 +1,35 @@
+"""The CPU's own activations against MLX's, values and gradients."""
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+
+from mlx_wan.models import layers
+
+POINTS = np.concatenate([np.linspace(-30, 30, 60_001), [0.0, 1e-30, -1e-6, 1e4, -1e4]]).astype(np.float32)
+
+
+def test_quick_tanh_against_float64():
+    found = np.array(layers.quick_tanh(mx.array(POINTS)))
+    wanted = np.tanh(POINTS.astype(np.float64))
+    assert np.abs(found - wanted).max() < 2e-7
+
+
+def test_quick_tanh_passes_nan_on():
+    assert np.isnan(np.array(layers.quick_tanh(mx.array([np.nan]))))
+
+
+@pytest.mark.parametrize(("quick", "plain"), [(layers._cpu_gelu, nn.gelu_approx), (layers._cpu_silu, nn.silu)])
+def test_activations_and_gradients(quick, plain):
+    x = mx.array(POINTS)
+    scale = np.maximum(np.abs(POINTS), 1)
+    assert (np.abs(np.array(quick(x)) - np.array(plain(x))) / scale).max() < 3e-7
+    slopes = [np.array(mx.grad(lambda x, f=f: f(x).sum())(x)) for f in (quick, plain)]
+    assert np.abs(slopes[0] - slopes[1]).max() < 2e-6
+
+
+def test_other_dtypes_keep_mlx_activations():
+    x = mx.array([-1.0, 0.5, 3.0], mx.bfloat16)
+    assert layers.GELU()(x).dtype == mx.bfloat16
+    assert mx.array_equal(layers.SiLU()(x), nn.silu(x))
