@@ -1,5 +1,6 @@
 """From a prompt, or a prompt and a picture, to a video: the order of things, and who is in memory when."""
 
+import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -306,7 +307,7 @@ class WanPipeline:
         num_frames = spec.num_frames if num_frames is None else num_frames
         noise_shape = self._latent_shape(width, height, num_frames)
         if latents is None:
-            seed = int(mx.random.randint(0, 2**31 - 1).item()) if seed is None else seed
+            seed = secrets.randbelow(2**32) if seed is None else seed
             latents = initial_noise(noise_shape, seed)
         elif latents.shape != noise_shape:
             raise UserError(f"latents are {latents.shape}; {width}x{height} and {num_frames} frames need {noise_shape}")

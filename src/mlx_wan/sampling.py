@@ -1,6 +1,6 @@
 """From noise to latents: the denoising loop, as a generator of steps."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import mlx.core as mx
 
@@ -42,7 +42,7 @@ def denoise(
     negative_context: mx.array,
     guidance_scale: float,
     first_frame: mx.array | None = None,
-) -> Iterator[mx.array]:
+) -> Generator[mx.array, None, None]:
     """Yields the latents after each step, evaluated and found finite; the last are the result.
 
     Args:

@@ -1,6 +1,7 @@
 """Small pieces that more than one model is made of."""
 
 import math
+from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -54,14 +55,14 @@ class GELU(nn.Module):
     """The tanh form of the Gaussian error linear unit, torch's GELU(approximate="tanh")."""
 
     def __call__(self, x: mx.array) -> mx.array:
-        return _cpu_gelu(x) if _on_cpu(x) else nn.gelu_approx(x)
+        return cast(mx.array, _cpu_gelu(x)) if _on_cpu(x) else nn.gelu_approx(x)
 
 
 class SiLU(nn.Module):
     """x · sigmoid(x)."""
 
     def __call__(self, x: mx.array) -> mx.array:
-        return _cpu_silu(x) if _on_cpu(x) else nn.silu(x)
+        return cast(mx.array, _cpu_silu(x)) if _on_cpu(x) else nn.silu(x)
 
 
 def run_layers(layers: list[nn.Module], x: mx.array) -> mx.array:

@@ -234,7 +234,7 @@ class DownStage(nn.Module):
         self.out_dim = out_dim
         self.factor_t, self.factor_s = (2 if temporal else 1), (2 if strided else 1)
         widths = [in_dim] + [out_dim] * num_blocks
-        self.downsamples = [ResidualBlock(a, b) for a, b in pairwise(widths)]
+        self.downsamples: list[nn.Module] = [ResidualBlock(a, b) for a, b in pairwise(widths)]
         if strided:
             self.downsamples.append(Downsample(out_dim, temporal))
 
@@ -251,7 +251,7 @@ class UpStage(nn.Module):
         self.out_dim, self.strided = out_dim, strided
         self.factor_t = 2 if temporal else 1
         widths = [in_dim] + [out_dim] * num_blocks
-        self.upsamples = [ResidualBlock(a, b) for a, b in pairwise(widths)]
+        self.upsamples: list[nn.Module] = [ResidualBlock(a, b) for a, b in pairwise(widths)]
         if strided:
             self.upsamples.append(Upsample(out_dim, temporal))
 
