@@ -23,24 +23,64 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> int:
+    import mlx.core as mx
+
     from mlx_wan.errors import UserError
     from mlx_wan.training.checkpoint import newest_state
-    from mlx_wan.training.recipe import read_recipe
-    from mlx_wan.training.tiny import AutoencoderRecipe, train_autoencoder, train_transformer
+    from mlx_wan.training.recipe import (
+        TransformerRecipe,
+        check_same_run,
+        check_writable,
+        describe,
+        read_recipe,
+        remember_run,
+    )
 
     overrides = {name: getattr(args, name) for name in ("steps", "batch_size", "learning_rate", "seed")}
     recipe = read_recipe(args.config, {name: value for name, value in overrides.items() if value is not None})
-    if not args.resume and newest_state(args.run):
+    if isinstance(recipe, TransformerRecipe) != (args.vae is not None):
+        need = "needs" if args.vae is None else "takes no"
+        raise UserError(f"{args.config} {need} --vae, the folder of a finished autoencoder")
+    world = mx.distributed.init()
+    facts = describe(recipe, world.size(), args.vae)
+    check_writable(args.run)
+    if args.resume:
+        check_same_run(args.run, facts)
+    elif newest_state(args.run):
         raise UserError(f"{args.run} holds a run already; add --resume to go on with it, or choose another --run")
+    if world.rank() == 0:
+        remember_run(args.run, facts)
+        note_states(args.run, args.resume)
+    try:
+        result = train(recipe, args)
+    except KeyboardInterrupt:
+        if world.rank() == 0 and (state := newest_state(args.run)):
+            print(f"{state} is saved; the same command with --resume goes on from it", file=sys.stderr)
+        raise
+    if world.rank() == 0:
+        print(f"saved {result}")
+    return 0
+
+
+def train(recipe: Any, args: argparse.Namespace) -> Path:
+    """Runs the stage of the recipe; returns the folder of its result."""
+    from mlx_wan.training.tiny import AutoencoderRecipe, train_autoencoder, train_transformer
+
     report = Reporter(recipe.train.steps)
     if isinstance(recipe, AutoencoderRecipe):
-        result = train_autoencoder(recipe, args.run, args.resume, report)
-    elif args.vae is None:
-        raise UserError(f"{args.config} trains a transformer: --vae must name the autoencoder's folder")
-    else:
-        result = train_transformer(recipe, args.vae, args.run, args.resume, report)
-    print(f"saved {result}")
-    return 0
+        return train_autoencoder(recipe, args.run, args.resume, report)
+    return train_transformer(recipe, args.vae, args.run, args.resume, report)
+
+
+def note_states(folder: Path, resume: bool) -> None:
+    """Says which states are passed over, and where the run goes on."""
+    from mlx_wan.training.checkpoint import damaged_states, newest_state
+
+    for path in damaged_states(folder):
+        print(f"note: {path} is damaged and passed over", file=sys.stderr)
+    if resume:
+        state = newest_state(folder)
+        print(f"going on from {state}" if state else f"no state in {folder}: starting at step 0", file=sys.stderr)
 
 
 class Reporter:

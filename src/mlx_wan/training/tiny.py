@@ -5,8 +5,11 @@ Clips and captions are drawn on the fly (scenes.py, captions.py). Each stage is 
 """
 
 import json
+import random
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, replace
+from functools import reduce
+from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -16,78 +19,20 @@ import numpy as np
 from mlx.utils import tree_flatten
 from tokenizers import Tokenizer
 
-from mlx_wan.errors import CheckpointError, UserError
-from mlx_wan.models.transformer import FLOAT32_PARAMETERS, TransformerConfig, WanTransformer
-from mlx_wan.models.umt5 import TextEncoderConfig, UMT5Encoder
+from mlx_wan.errors import CheckpointError, UserError, WanError
+from mlx_wan.models.transformer import FLOAT32_PARAMETERS, WanTransformer
+from mlx_wan.models.umt5 import UMT5Encoder
 from mlx_wan.models.vae22 import FeatureCache, VAEConfig, WanVAE22
-from mlx_wan.training.captions import build_tokenizer
+from mlx_wan.training.captions import build_tokenizer, caption
+from mlx_wan.training.checkpoint import newest_state, step_of
+from mlx_wan.training.fields import build
 from mlx_wan.training.objective import autoencoder_loss, flow_loss, psnr, sample_sigmas
+from mlx_wan.training.recipe import AutoencoderRecipe, Clips, TransformerRecipe
 from mlx_wan.training.scenes import crop, render, sample_batch
-from mlx_wan.training.trainer import Batch, TrainConfig, Trainer
+from mlx_wan.training.trainer import Batch, Trainer
+from mlx_wan.weights.save import save_native
 
 PAD, EOS = 0, 1
-
-
-@dataclass(frozen=True)
-class Clips:
-    """Size of the drawn clips: frames are 4n + 1, sides in multiples of the autoencoder's stride."""
-
-    num_frames: int = 25
-    width: int = 128
-    height: int = 128
-
-
-@dataclass(frozen=True)
-class AutoencoderRecipe:
-    """Stage one.
-
-    kl_weight: of the pull towards unit Gaussians, a mean over latent values. crops: if given, training sees windows of
-    this size and length, and every `whole_every`-th batch is of `whole_batch` whole clips. validation_clips: whole.
-    """
-
-    model: VAEConfig
-    train: TrainConfig
-    clips: Clips
-    crops: Clips | None = None
-    whole_every: int = 8
-    whole_batch: int = 1
-    kl_weight: float = 5e-5
-    validation_clips: int = 64
-
-
-@dataclass(frozen=True)
-class TransformerRecipe:
-    """Stage two.
-
-    pool: clips drawn and encoded once. captions: different captions of each. shift: of the noise levels (see
-    objective.py). caption_dropout: share of samples without a caption, for guidance. image_to_video: share of
-    samples whose first latent frame is given clean.
-    """
-
-    transformer: TransformerConfig
-    text_encoder: TextEncoderConfig
-    train: TrainConfig
-    clips: Clips
-    sampling: dict[str, Any]
-    pool: int = 65536
-    captions: int = 4
-    shift: float = 3.0
-    caption_dropout: float = 0.1
-    image_to_video: float = 0.25
-    validation_clips: int = 512
-
-
-def build(cls: type, values: dict[str, Any], where: str) -> Any:
-    """The dataclass `cls` of plain `values`; UserError names an unknown or missing key and `where` it stood."""
-    known = {field.name: field for field in fields(cls)}
-    unknown = sorted(values.keys() - known.keys())
-    if unknown:
-        raise UserError(f"{where}: unknown key {unknown[0]!r}; known are {', '.join(sorted(known))}")
-    values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
-    try:
-        return cls(**values)
-    except TypeError as error:
-        raise UserError(f"{where}: {error}") from None
 
 
 class TextToVideo(nn.Module):
@@ -155,8 +100,10 @@ def autoencoder_trainer(recipe: AutoencoderRecipe, folder: Path) -> tuple[Traine
     return Trainer(vae, loss, config, folder), batch_at, evaluate
 
 
-def latent_statistics(vae: WanVAE22, clips: Clips, count: int = 2048, batch: int = 64) -> tuple[list, list]:
-    """Mean and standard deviation of each latent channel over `count` drawn clips."""
+def latent_statistics(
+    vae: WanVAE22, clips: Clips, count: int = 2048, batch: int = 64
+) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each latent channel over `count` drawn clips; WanError if one has none."""
     rng = np.random.default_rng(2_000_000)
     means, squares = [], []
     for _ in range(max(1, count // batch)):
@@ -164,47 +111,64 @@ def latent_statistics(vae: WanVAE22, clips: Clips, count: int = 2048, batch: int
         means.append(mean.mean(axis=(0, 1, 2, 3)))
         squares.append(mx.square(mean).mean(axis=(0, 1, 2, 3)))
         mx.eval(means[-1], squares[-1])
-    mean = sum(means) / len(means)
-    std = mx.sqrt(sum(squares) / len(squares) - mx.square(mean))
-    return mean.tolist(), std.tolist()  # type: ignore[union-attr]
+    mean = reduce(add, means) / len(means)
+    std = mx.sqrt(reduce(add, squares) / len(squares) - mx.square(mean))
+    if not (mx.isfinite(mean).all() & (std > 0).all()).item():
+        raise WanError("the autoencoder's latents have a channel without variance; train longer or lower kl_weight")
+    return mean.tolist(), std.tolist()  # type: ignore[return-value]
 
 
 def save_autoencoder(vae: WanVAE22, folder: Path) -> None:
-    """vae.safetensors and vae.json, its configuration; the second is written last."""
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / ".vae.partial.safetensors"
-    mx.save_safetensors(str(partial), dict(tree_flatten(vae.parameters())))
-    partial.replace(folder / "vae.safetensors")
-    (folder / ".vae.json").write_text(json.dumps(asdict(vae.config), indent=2) + "\n")
-    (folder / ".vae.json").replace(folder / "vae.json")
+    """vae.safetensors and vae.json, its configuration; the second is written last. WanError if that fails."""
+    partial, config = folder / ".vae.partial.safetensors", folder / ".vae.json.partial"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        mx.save_safetensors(str(partial), dict(tree_flatten(vae.parameters())))  # type: ignore[arg-type]
+        partial.replace(folder / "vae.safetensors")
+        config.write_text(json.dumps(asdict(vae.config), indent=2) + "\n")
+        config.replace(folder / "vae.json")
+    except (OSError, RuntimeError) as error:
+        raise WanError(f"{folder}: the autoencoder cannot be written: {error}; make room, then use --resume") from None
+    finally:
+        partial.unlink(missing_ok=True)
+        config.unlink(missing_ok=True)
 
 
 def load_autoencoder(folder: Path) -> WanVAE22:
     """What `save_autoencoder` wrote."""
-    if not (folder / "vae.json").exists():
+    path = folder / "vae.json"
+    if not path.exists():
         raise UserError(f"{folder} has no vae.json: train the autoencoder first (recipes/tiny-vae.yaml)")
-    vae = WanVAE22(build(VAEConfig, json.loads((folder / "vae.json").read_text()), str(folder / "vae.json")))
     try:
+        vae = WanVAE22(build(VAEConfig, json.loads(path.read_text()), str(path)))
         vae.load_weights(str(folder / "vae.safetensors"), strict=True)
-    except (ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{folder / 'vae.safetensors'}: {error}") from None
-    mx.eval(vae.parameters())
+        mx.eval(vae.parameters())
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{folder}: the autoencoder is damaged: {error}") from None
     return vae
 
 
 def train_autoencoder(recipe: AutoencoderRecipe, folder: Path, resume: bool, report: Callable) -> Path:
-    """Stage one, whole; returns the folder of the finished autoencoder."""
+    """Stage one, whole; returns the folder of the finished autoencoder. A finished run is left as it is."""
+    result = folder / "vae"
+    if resume and _is_finished(folder, recipe.train.steps) and (result / "vae.json").exists():
+        return result
     trainer, batch_at, evaluate = autoencoder_trainer(recipe, folder)
     if resume:
         trainer.resume()
     trainer.fit(batch_at, evaluate, report)
-    vae: WanVAE22 = trainer.model  # type: ignore[assignment]
-    vae.update(trainer.ema["weights"])
-    mean, std = latent_statistics(vae, recipe.clips)
-    vae.config = replace(recipe.model, latents_mean=tuple(mean), latents_std=tuple(std))
     if trainer.is_first:
-        save_autoencoder(vae, folder / "vae")
-    return folder / "vae"
+        vae: WanVAE22 = trainer.model  # type: ignore[assignment]
+        vae.update(trainer.ema["weights"])
+        mean, std = latent_statistics(vae, recipe.clips)
+        vae.config = replace(recipe.model, latents_mean=tuple(mean), latents_std=tuple(std))
+        save_autoencoder(vae, result)
+    return result
+
+
+def _is_finished(folder: Path, steps: int) -> bool:
+    newest = newest_state(folder)
+    return newest is not None and step_of(newest) >= steps
 
 
 # --- stage two -------------------------------------------------------------------------------------------------------
@@ -224,18 +188,14 @@ def encode_pool(
     vae: WanVAE22, tokenizer: Tokenizer, recipe: TransformerRecipe, seed: int, count: int, held_out: bool
 ) -> tuple[mx.array, np.ndarray]:
     """Latents (count, t, h, w, C), float16, and token ids (count, captions, text_len) of freshly drawn clips."""
-    from mlx_wan.training.captions import caption
-
-    latents, texts, done, batch = [], [], 0, min(count, 128)
+    latents, texts, done, batch = [], [], 0, min(count, 16)
     compiled = mx.compile(lambda params: _encode(vae, params, recipe.clips))
-    import random
-
     draw_words = random.Random(seed)
     rng = np.random.default_rng([seed, int(held_out)])
     while done < count:
         scenes, params, first = sample_batch(rng, batch, held_out=held_out)
         latents.append(compiled(mx.array(params)))
-        mx.async_eval(latents[-1])
+        mx.eval(latents[-1])  # one batch of pixels in memory at a time
         texts += [
             [one] + [caption(s, draw_words) for _ in range(recipe.captions - 1)]
             for s, one in zip(scenes, first, strict=True)
@@ -259,7 +219,10 @@ def transformer_trainer(
     config, text_len = recipe.train, recipe.transformer.text_len
     mx.random.seed(config.seed)
     model = TextToVideo(recipe)
-    pool, pool_ids = encode_pool(vae, tokenizer, recipe, config.seed, recipe.pool, held_out=False)
+    # Every process draws and encodes its own share.
+    world = mx.distributed.init()
+    seed, share = config.seed * world.size() + world.rank(), recipe.pool // world.size()
+    pool, pool_ids = encode_pool(vae, tokenizer, recipe, seed, share, held_out=False)
     empty = tokenise(tokenizer, [""], text_len)[0]
 
     def losses(model: Any, batch: Batch, key: mx.array) -> mx.array:
@@ -279,7 +242,7 @@ def transformer_trainer(
         ids = pool_ids[index, rng.integers(recipe.captions, size=config.batch_size)]
         ids = np.where(rng.random((config.batch_size, 1)) < recipe.caption_dropout, empty, ids)
         keep_first = rng.random(config.batch_size) < recipe.image_to_video
-        return {"latents": pool[mx.array(index)], "ids": mx.array(ids), "keep_first": mx.array(keep_first)}
+        return {"latents": pool[mx.array(index)], "ids": mx.array(ids), "keep_first": mx.array(keep_first.tolist())}
 
     val_pool, val_ids = encode_pool(vae, tokenizer, recipe, 3_000_000, recipe.validation_clips, held_out=True)
     size = min(config.batch_size, recipe.validation_clips)
@@ -291,7 +254,7 @@ def transformer_trainer(
             batch = {
                 "latents": val_pool[part],
                 "ids": mx.array(val_ids[part, 0]),
-                "keep_first": mx.array(np.arange(size) % 4 == 0),
+                "keep_first": mx.arange(size) % 4 == 0,
             }
             values.append(losses(model, batch, mx.random.key(start)).mean().item())
         return {"val_loss": sum(values) / len(values)}
@@ -303,22 +266,24 @@ def transformer_trainer(
 def train_transformer(
     recipe: TransformerRecipe, vae_folder: Path, folder: Path, resume: bool, report: Callable
 ) -> Path:
-    """Stage two, whole; returns the folder of the finished model in the native layout."""
+    """Stage two, whole; returns the folder of the finished model in the native layout. A finished run is left alone."""
+    result = folder / "model"
+    if resume and _is_finished(folder, recipe.train.steps) and (result / "config.json").exists():
+        return result
     vae, tokenizer = load_autoencoder(vae_folder), build_tokenizer()
+    recipe.check_autoencoder(vae.config)
     trainer, batch_at, evaluate = transformer_trainer(recipe, vae, tokenizer, folder)
     if resume:
         trainer.resume()
     trainer.fit(batch_at, evaluate, report)
-    trainer.model.update(trainer.ema["weights"])
     if trainer.is_first:
-        export(trainer.model, vae, tokenizer, recipe, folder / "model")  # type: ignore[arg-type]
-    return folder / "model"
+        trainer.model.update(trainer.ema["weights"])
+        export(trainer.model, vae, tokenizer, recipe, result)  # type: ignore[arg-type]
+    return result
 
 
 def export(model: TextToVideo, vae: WanVAE22, tokenizer: Tokenizer, recipe: TransformerRecipe, folder: Path) -> Path:
     """Writes the parts as a bfloat16 checkpoint in the native layout."""
-    from mlx_wan.weights.save import save_native
-
     save_native(
         folder,
         model="tiny",

@@ -7,8 +7,11 @@ Under `mlx.launch -n N` every process takes its own batches, gradients are avera
 
 import json
 import math
+import os
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,8 +22,8 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_map, tree_map_with_path
 
-from mlx_wan.errors import UserError, WanError
-from mlx_wan.training.checkpoint import check_matches, load_state, newest_state, save_state
+from mlx_wan.errors import CheckpointError, UserError, WanError
+from mlx_wan.training.checkpoint import damaged_states, load_state, newest_state, save_state
 
 Batch = dict[str, mx.array]
 Loss = Callable[[nn.Module, Batch, mx.array], tuple[mx.array, dict[str, mx.array]]]
@@ -64,6 +67,15 @@ class TrainConfig:
         for name in ("steps", "batch_size", "report_every", "eval_every", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("learning_rate", "muon_learning_rate", "grad_clip"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be above 0")
+        for name in ("warmup_steps", "weight_decay", "seed"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} is {getattr(self, name)}; it must not be negative")
+        for name in ("beta2", "ema_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be from 0 to below 1")
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -73,7 +85,9 @@ class TrainConfig:
 def warmup_cosine(peak: float, warmup: int, steps: int) -> Callable[[mx.array], mx.array]:
     """Learning rate of a step: rises linearly to `peak`, then falls to 0 along a cosine."""
     decay = optim.cosine_decay(peak, max(1, steps - warmup), 0.0)
-    return optim.join_schedules([optim.linear_schedule(peak / max(1, warmup), peak, warmup), decay], [warmup])
+    if warmup == 0:
+        return decay
+    return optim.join_schedules([optim.linear_schedule(peak / warmup, peak, warmup), decay], [warmup])
 
 
 def make_optimizer(config: TrainConfig) -> optim.Optimizer:
@@ -121,6 +135,13 @@ def in_compute_dtype(model: nn.Module, loss: Loss, dtype: mx.Dtype, float32: tup
     return wrapped
 
 
+def _number(array: mx.array) -> float:
+    value = array.item()
+    if isinstance(value, complex):
+        raise TypeError("a loss must be real")
+    return float(value)
+
+
 class _Clock:
     """Steps a second since it was made or last asked."""
 
@@ -131,6 +152,33 @@ class _Clock:
         steps, self.step = step - self.step, step
         seconds, self.time = time.perf_counter() - self.time, time.perf_counter()
         return steps / seconds
+
+
+class _Signals:
+    """Holds SIGINT and SIGTERM back while a step is under way: a state saved in its middle would be of no step.
+
+    The first signal sets `asked`; a second one raises KeyboardInterrupt at once. A context manager; in any thread but
+    the main one, which gets the signals, it does nothing.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "_Signals":
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _ask(self, *_: object) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        os.write(2, b"stopping: finishing this step and saving its state (again to stop at once)\n")
 
 
 class Trainer:
@@ -176,21 +224,36 @@ class Trainer:
         }
 
     def resume(self) -> bool:
-        """Takes up the newest whole state in the folder; False if there is none."""
+        """Takes up the newest whole state in the folder; False if there is none at all.
+
+        CheckpointError if there are only damaged ones, or if it is of another configuration. UserError if other
+        processes found another state.
+        """
         path = newest_state(self.folder)
+        if path is None and (damaged := damaged_states(self.folder)):
+            raise CheckpointError(f"{damaged[-1]} is damaged and there is no whole state; remove it to start again")
+        if path is not None:
+            self.step, state = load_state(path, self.state())
+        self._agree_on_step()
         if path is None:
             return False
-        step, state = load_state(path)
-        check_matches(state, self.state(), path)
         self.model.update(state["model"])
         self.optimizer.state = state["optimizer"]
         self.ema["weights"] = state["ema"]
-        self.step = step
         # The compiled step holds on to the trees it was made with: make it again over the loaded ones.
         arrays = [self.model.state, self.optimizer.state, self.ema]
         if self.config.compile:
             self._update = partial(mx.compile, inputs=arrays, outputs=arrays)(self._step)
         return True
+
+    def _agree_on_step(self) -> None:
+        step = mx.array(self.step)
+        low, high = (f(step, group=self.world).item() for f in (mx.distributed.all_min, mx.distributed.all_max))
+        if low != high:
+            raise UserError(
+                f"the processes found states of different steps ({low} and {high}) in {self.folder}; "
+                "copy the folder of the first process to every machine"
+            )
 
     def save(self) -> None:
         """Writes the state of this moment, in the first process."""
@@ -206,31 +269,42 @@ class Trainer:
         """Runs from the current step to the last.
 
         batch_at: batch number i; the same number must give the same batch. evaluate: numbers of the averaged model,
-        every `eval_every` steps and at the end. report: gets each row that goes to the log. An interrupt
-        (KeyboardInterrupt) writes a state before it goes on up. A loss that is not finite stops with the states
-        of before kept.
+        every `eval_every` steps and at the end. report: gets each row that goes to the log. SIGINT or SIGTERM, in
+        any of the processes, lets the step end, writes a state and raises KeyboardInterrupt. A loss that is not
+        finite stops with the states of before kept.
         """
-        config, clock = self.config, _Clock(self.step)
-        try:
+        config, clock, stop = self.config, _Clock(self.step), None
+        self._trim_log()
+        with _Signals() as signals:
             while self.step < config.steps:
                 index = self.step * self.world.size() + self.world.rank()
                 numbers = self._update(batch_at(index), mx.random.key(config.seed * 1_000_003 + index))
-                mx.async_eval(numbers, self.model.state, self.optimizer.state, self.ema)
+                stop, stop_before = self._share(signals.asked), stop
+                mx.async_eval(numbers, self.model.state, self.optimizer.state, self.ema, stop)
                 self.step += 1
                 if self._due(config.report_every):
-                    row = {name: value.item() for name, value in numbers.items()}
-                    self._require_finite(row)
+                    row = self._finite(numbers)
                     rate = clock.rate(self.step)
                     self._log({**row, "steps_per_s": rate, "peak_gib": mx.get_peak_memory() / 2**30}, report)
                 if evaluate and self._due(config.eval_every) and self.is_first:
                     self._log(self.with_averaged_weights(evaluate), report)
                     clock = _Clock(self.step)
-                if self._due(config.save_every):
+                stopping = self._agreed(signals.asked, stop_before)
+                if self._due(config.save_every) or stopping:
+                    self._finite(numbers)
                     self.save()
-        except KeyboardInterrupt:
-            mx.eval(self.model.state, self.optimizer.state, self.ema)
-            self.save()
-            raise
+                if stopping:
+                    raise KeyboardInterrupt
+
+    def _share(self, asked: bool) -> mx.array:
+        return mx.distributed.all_sum(mx.array(int(asked)), group=self.world)
+
+    def _agreed(self, asked: bool, stop: mx.array | None) -> bool:
+        # Alone, one's own wish counts. Together all must stop at the same step or wait for each other for ever: they
+        # go by what they told each other a step ago, which is there without waiting.
+        if self.world.size() == 1:
+            return asked
+        return stop is not None and _number(stop) > 0
 
     @property
     def is_first(self) -> bool:
@@ -249,7 +323,9 @@ class Trainer:
         finally:
             self.model.update(weights)
 
-    def _require_finite(self, row: dict[str, float]) -> None:
+    def _finite(self, numbers: Mapping[str, mx.array]) -> dict[str, float]:
+        """The numbers of a step; WanError if one is not finite: then the weights are not either."""
+        row = {name: _number(value) for name, value in numbers.items()}
         bad = [name for name, value in row.items() if not math.isfinite(value)]
         if bad:
             last = newest_state(self.folder)
@@ -257,12 +333,33 @@ class Trainer:
                 f"{bad[0]} is {row[bad[0]]} at step {self.step}: training stopped; the last good state is "
                 f"{last or 'none'}; lower the learning rate or use compute_dtype float32"
             )
+        return row
+
+    def _trim_log(self) -> None:
+        """Drops what the log says of steps that will be done again, and a line that was cut short."""
+        path = self.folder / "log.jsonl"
+        if not self.is_first or not path.exists():
+            return
+        kept = []
+        for line in path.read_text().splitlines():
+            try:
+                if json.loads(line)["step"] <= self.step:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError, TypeError):
+                continue
+        partial_log = path.with_name(".log.jsonl.partial")
+        partial_log.write_text("".join(kept))
+        partial_log.replace(path)
 
     def _log(self, row: dict[str, float], report: Callable[[dict[str, float]], None]) -> None:
         if not self.is_first:
             return
         row = {"step": self.step, **row}
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / "log.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        path = self.folder / "log.jsonl"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise WanError(f"{path}: cannot be written ({error.strerror}); go on with --resume") from None
         report(row)

@@ -1,0 +1,89 @@
+"""The denoising loop with models whose answers are known."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_wan.errors import WanError
+from mlx_wan.sampling import denoise, guided_velocity, initial_noise
+from mlx_wan.schedulers import make_scheduler
+
+SHAPE = (1, 3, 2, 2, 4)
+CONTEXT, NEGATIVE = mx.ones((1, 5, 6)), mx.zeros((1, 5, 6))
+
+
+class Model:
+    """Velocity = the context's mean plus `slope` times the latents; remembers its calls."""
+
+    def __init__(self, slope=0.0):
+        self.slope, self.calls = slope, []
+
+    def __call__(self, latents, timesteps, context):
+        self.calls.append((np.array(latents), np.array(timesteps)))
+        return context.mean() + self.slope * latents
+
+
+def run(model, scheduler, guidance=1.0, first_frame=None):
+    steps = denoise(model, scheduler, initial_noise(SHAPE, 1), CONTEXT, NEGATIVE, guidance, first_frame)
+    return [np.array(latents) for latents in steps]
+
+
+def test_noise_depends_on_the_seed_alone():
+    a, b, c = (np.array(initial_noise((1, 2, 16, 16, 4), seed)) for seed in (7, 7, 8))
+    np.testing.assert_array_equal(a, b)
+    assert (a != c).all()
+    assert abs(a.mean()) < 0.1
+    assert abs(a.std() - 1) < 0.1
+
+
+def test_guidance_goes_from_the_negative_prompt_past_the_prompt():
+    class Prompted(Model):
+        def __call__(self, latents, timesteps, context):
+            super().__call__(latents, timesteps, context)
+            return mx.full(SHAPE, 3.0) if context is CONTEXT else mx.full(SHAPE, 1.0)
+
+    model = Prompted()
+    velocity = guided_velocity(model, mx.zeros(SHAPE), mx.zeros((1,)), CONTEXT, NEGATIVE, 5.0)
+    np.testing.assert_array_equal(velocity, np.full(SHAPE, 1 + 5 * (3 - 1)))
+    assert len(model.calls) == 2
+    velocity = guided_velocity(model, mx.zeros(SHAPE), mx.zeros((1,)), CONTEXT, NEGATIVE, 1.0)
+    np.testing.assert_array_equal(velocity, np.full(SHAPE, 3))
+    assert len(model.calls) == 3, "no guidance costs one pass"
+
+
+def test_euler_follows_a_constant_velocity_straight_to_the_end():
+    scheduler = make_scheduler("euler", 4, 3.0)
+    model = Model()
+    steps = run(model, scheduler)
+    assert len(steps) == 4
+    # dx = v dσ, from the first σ to 0, with v = 1
+    np.testing.assert_allclose(steps[-1], np.array(initial_noise(SHAPE, 1)) - scheduler.sigmas[0], rtol=1e-5, atol=1e-6)
+    assert [t.shape for _, t in model.calls] == [(1, 1)] * 4
+    np.testing.assert_array_equal([t.item() for _, t in model.calls], scheduler.timesteps)
+
+
+@pytest.mark.parametrize("name", ["unipc", "dpm++", "euler"])
+def test_a_given_first_frame_is_clean_at_every_step_and_has_timestep_0(name):
+    first = mx.full((1, 1, 2, 2, 4), 0.25)
+    model = Model(slope=0.5)
+    steps = run(model, make_scheduler(name, 3, 5.0), guidance=2.0, first_frame=first)
+    for latents in steps:
+        np.testing.assert_array_equal(latents[:, :1], np.full((1, 1, 2, 2, 4), 0.25, np.float32))
+        assert (latents[:, 1:] != 0.25).all()
+    for latents, timesteps in model.calls:
+        np.testing.assert_array_equal(latents[:, 0], np.full((1, 2, 2, 4), 0.25, np.float32))
+        assert timesteps.shape == (1, 3)
+        assert timesteps[0, 0] == 0
+        assert timesteps[0, 1] == timesteps[0, 2] > 0
+
+
+def test_a_run_stops_at_the_step_that_is_not_finite():
+    class Breaking(Model):
+        def __call__(self, latents, timesteps, context):
+            super().__call__(latents, timesteps, context)
+            return latents if len(self.calls) < 2 else latents * mx.inf
+
+    model = Breaking()
+    with pytest.raises(WanError, match="not finite after step 2 of 5"):
+        run(model, make_scheduler("euler", 5, 3.0))
+    assert len(model.calls) == 2

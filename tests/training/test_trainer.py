@@ -1,0 +1,344 @@
+"""The training loop: it learns, averages, resumes bit for bit, and stops in order whatever stops it."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from mlx_wan.errors import CheckpointError, WanError
+from mlx_wan.training.checkpoint import newest_state
+from mlx_wan.training.trainer import TrainConfig, Trainer, in_compute_dtype, warmup_cosine
+
+TARGET = np.random.default_rng(0).standard_normal((4, 4)).astype(np.float32)
+
+
+class Toy(nn.Module):
+    """Two matrices that Muon takes and an output layer that it leaves to AdamW; layers without weights between."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = [nn.Linear(4, 16), nn.SiLU(), nn.Linear(16, 16), nn.Identity()]
+        self.head = nn.Linear(16, 4)
+
+    def __call__(self, x):
+        for layer in self.blocks:
+            x = layer(x)
+        return self.head(x)
+
+
+def loss(model, batch, key):
+    error = mx.square(model(batch["x"]) - batch["y"]).mean()
+    return error, {"noise": mx.random.normal(key=key)}
+
+
+def batch_at(index):
+    x = np.random.default_rng([1, index]).standard_normal((8, 4)).astype(np.float32)
+    return {"x": mx.array(x), "y": mx.array(x @ TARGET)}
+
+
+def trainer(folder, loss=loss, **changes):
+    values = {"steps": 6, "batch_size": 8, "learning_rate": 0.01, "warmup_steps": 2, "compile": False}
+    values |= {"report_every": 1, "save_every": 2, "ema_decay": 0.9}
+    mx.random.seed(5)
+    return Trainer(Toy(), loss, TrainConfig(**{**values, **changes}), Path(folder))
+
+
+def weights(tree):
+    return {name: np.array(array) for name, array in tree_flatten(tree)}
+
+
+def assert_same(one, other):
+    one, other = weights(one), weights(other)
+    assert one.keys() == other.keys()
+    for name in one:
+        np.testing.assert_array_equal(one[name], other[name], err_msg=name)
+
+
+def log(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_learning_rate_rises_in_a_line_and_falls_along_a_cosine():
+    rate = warmup_cosine(0.5, 4, 24)
+    got = [rate(mx.array(step)).item() for step in range(25)]
+    rise = [0.125 + 0.375 * step / 4 for step in range(4)]
+    fall = [0.25 * (1 + np.cos(np.pi * step / 20)) for step in range(21)]
+    np.testing.assert_allclose(got, rise + fall, rtol=1e-5, atol=1e-7)
+    assert warmup_cosine(0.5, 0, 24)(mx.array(0)).item() == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_both_optimizers_learn(tmp_path, optimizer, compiled):
+    run = trainer(tmp_path, steps=150, optimizer=optimizer, compile=compiled, report_every=10, save_every=150)
+    run.fit(batch_at)
+    losses = [row["loss"] for row in log(tmp_path)]
+    assert losses[-1] < losses[0] / 10
+    batch = batch_at(10_000)
+    assert run.with_averaged_weights(lambda model: loss(model, batch, mx.random.key(0))[0].item()) < losses[0] / 10
+
+
+def test_muon_takes_the_matrices_inside_and_adamw_the_rest(tmp_path):
+    state = trainer(tmp_path, optimizer="muon").optimizer.state
+    muon, adamw = (
+        {name.rsplit(".", 1)[0] for name, value in tree_flatten(part) if value.ndim} for part in state["states"]
+    )
+    assert muon == {"blocks.0.weight", "blocks.2.weight"}
+    assert adamw == {"blocks.0.bias", "blocks.2.bias", "head.weight", "head.bias"}
+
+
+def test_average_of_the_weights_is_what_is_evaluated(tmp_path):
+    run = trainer(tmp_path, ema_decay=0.75, eval_every=3)
+    steps, seen = [weights(run.model.parameters())], []
+    run.fit(
+        batch_at,
+        evaluate=lambda model: seen.append(weights(model.parameters())) or {"val": 1.0},
+        report=lambda row: "loss" in row and steps.append(weights(run.model.parameters())),
+    )
+    average = steps[0]
+    averages = [average]
+    for now in steps[1:]:
+        average = {name: 0.75 * average[name] + 0.25 * now[name] for name in now}
+        averages.append(average)
+    assert len(steps) == 7
+    for got, expected in zip(seen, (averages[3], averages[6]), strict=True):
+        for name in got:
+            np.testing.assert_allclose(got[name], expected[name], rtol=1e-5, atol=1e-7)
+    np.testing.assert_array_equal(steps[-1]["head.weight"], np.array(run.model.head.weight))  # training's are back
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_resumed_run_is_bit_for_bit_the_straight_one(tmp_path, optimizer, compiled):
+    options = {"optimizer": optimizer, "compile": compiled}
+    straight = trainer(tmp_path / "straight", **options)
+    straight.fit(batch_at)
+
+    class KilledError(Exception):
+        pass
+
+    def stop(row):
+        if row["step"] == 3:
+            raise KilledError
+
+    first = trainer(tmp_path / "run", **options)
+    with pytest.raises(KilledError):
+        first.fit(batch_at, report=stop)
+    again = trainer(tmp_path / "run", **options)
+    mx.random.seed(99)  # the global random state has no say
+    assert again.resume()
+    assert again.step == 2
+    again.fit(batch_at)
+    assert_same(again.state(), straight.state())
+    timings = ("steps_per_s", "peak_gib")
+    rows = [
+        [{k: v for k, v in row.items() if k not in timings} for row in log(tmp_path / d)] for d in ("run", "straight")
+    ]
+    assert rows[0] == rows[1], "each step is in the log once, with the same numbers"
+
+
+def test_resuming_a_finished_run_changes_nothing(tmp_path):
+    first = trainer(tmp_path)
+    first.fit(batch_at)
+    files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    again = trainer(tmp_path)
+    assert again.resume()
+    again.fit(batch_at)
+    assert files == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert_same(again.state(), first.state())
+
+
+def test_resume_falls_back_to_the_older_whole_state(tmp_path):
+    trainer(tmp_path).fit(batch_at)
+    newest = newest_state(tmp_path)
+    newest.write_bytes(newest.read_bytes()[:-10])
+    again = trainer(tmp_path)
+    assert again.resume()
+    assert again.step == 4
+    newest_state(tmp_path).write_bytes(b"")
+    with pytest.raises(CheckpointError, match="damaged and there is no whole state"):
+        trainer(tmp_path).resume()
+    assert not trainer(tmp_path / "new").resume()
+
+
+def test_a_log_line_cut_short_or_of_steps_to_be_repeated_is_dropped(tmp_path):
+    trainer(tmp_path).fit(batch_at)
+    newest_state(tmp_path).unlink()
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"step": 7, "lo')
+    again = trainer(tmp_path)
+    again.resume()
+    again.fit(batch_at)
+    assert [row["step"] for row in log(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_the_middle_of_a_step_saves_a_whole_one(tmp_path, number):
+    straight = trainer(tmp_path / "straight", save_every=100)
+    straight.fit(batch_at)
+    handler = signal.getsignal(number)
+
+    def interrupting(index):
+        if index == 2:
+            os.kill(os.getpid(), number)
+        return batch_at(index)
+
+    with pytest.raises(KeyboardInterrupt):
+        trainer(tmp_path / "run", save_every=100).fit(interrupting)
+    assert signal.getsignal(number) is handler
+    again = trainer(tmp_path / "run", save_every=100)
+    again.resume()
+    assert again.step == 3
+    again.fit(batch_at)
+    assert_same(again.state(), straight.state())
+
+
+def test_a_second_signal_does_not_wait(tmp_path):
+    def interrupting(index):
+        if index == 3:
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGINT)
+        return batch_at(index)
+
+    with pytest.raises(KeyboardInterrupt):
+        trainer(tmp_path).fit(interrupting)
+    assert newest_state(tmp_path).name == "state-00000002.safetensors"
+
+
+@pytest.mark.parametrize("report_every", [1, 100])
+def test_a_loss_that_is_not_finite_stops_before_it_is_saved(tmp_path, report_every):
+    def breaking(index):
+        batch = batch_at(index)
+        return {**batch, "y": batch["y"] * mx.nan} if index == 4 else batch
+
+    with pytest.raises(WanError, match=r"loss is nan at step [56]: training stopped; .*state-00000004"):
+        trainer(tmp_path, report_every=report_every).fit(breaking)
+    assert newest_state(tmp_path).name == "state-00000004.safetensors"
+    again = trainer(tmp_path)
+    again.resume()
+    again.fit(batch_at)
+    assert np.isfinite(weights(again.model.parameters())["head.weight"]).all()
+
+
+def test_a_compute_dtype_leaves_the_masters_float32(tmp_path):
+    seen = {}
+
+    def spying(model, batch, key):
+        seen.update({name: array.dtype for name, array in tree_flatten(model.trainable_parameters())})
+        return loss(model, batch, key)
+
+    config = TrainConfig(6, 8, learning_rate=1e-4, warmup_steps=0, compute_dtype="bfloat16", compile=False)
+    mx.random.seed(5)
+    run = Trainer(Toy(), spying, config, tmp_path, ("head.",))
+    before = weights(run.model.parameters())
+    run.fit(batch_at)
+    after = weights(run.model.parameters())
+    assert {name: dtype == mx.bfloat16 for name, dtype in seen.items()} == {
+        name: not name.startswith("head.") for name in before
+    }
+    assert {array.dtype for array in after.values()} == {np.dtype(np.float32)}
+    assert {array.dtype for _, array in tree_flatten(run.ema)} == {mx.float32}
+    # Steps far below the resolution of bfloat16 (1/256 of a value) add up.
+    change = np.abs(after["blocks.2.weight"] - before["blocks.2.weight"])
+    assert 0 < change.max() < 1e-3
+    assert (change > 0).mean() > 0.9
+
+
+def test_gradients_reach_float32_weights_through_the_cast():
+    model = Toy()
+    cast = in_compute_dtype(model, loss, mx.bfloat16, ())
+    (value, _), grads = nn.value_and_grad(model, cast)(model, batch_at(0), mx.random.key(0))
+    (exact, _), exact_grads = nn.value_and_grad(model, loss)(model, batch_at(0), mx.random.key(0))
+    assert value.item() == pytest.approx(exact.item(), rel=0.03)
+    for (name, grad), (_, other) in zip(tree_flatten(grads), tree_flatten(exact_grads), strict=True):
+        assert grad.dtype == mx.float32, name
+        difference = mx.linalg.norm((grad - other).flatten()) / mx.linalg.norm(other.flatten())
+        assert 0 < difference.item() < 0.05, name
+
+
+# --- several processes -----------------------------------------------------------------------------------------------
+
+SCRIPT = """
+import os, signal, sys
+sys.path.insert(0, {here!r})
+import mlx_wan
+import mlx.core as mx
+mx.set_default_device(mx.cpu)
+import test_trainer as t
+folder, stop_at = sys.argv[1], int(sys.argv[2])
+rank = mx.distributed.init(strict=True).rank()
+
+def batch_at(index):
+    if stop_at and rank == 1 and index // 2 == stop_at:
+        os.kill(os.getpid(), signal.SIGTERM)  # one of the two is enough
+    return t.batch_at(index)
+
+run = t.trainer(folder, save_every=100, optimizer="muon")
+resumed = run.resume()
+try:
+    run.fit(batch_at)
+except KeyboardInterrupt:
+    print("stopped at", run.step)
+mx.save_safetensors(f"{{folder}}-{{rank}}.safetensors", dict(t.tree_flatten(run.state())))
+"""
+
+
+def launch(tmp_path, folder, stop_at=0):
+    """Runs SCRIPT as two processes over the ring backend; their outputs."""
+    holders = [socket.socket() for _ in range(2)]
+    for holder in holders:
+        holder.bind(("127.0.0.1", 0))
+    hosts = [[f"127.0.0.1:{holder.getsockname()[1]}"] for holder in holders]
+    for holder in holders:
+        holder.close()
+    (tmp_path / "hosts.json").write_text(json.dumps(hosts))
+    script = SCRIPT.format(here=str(Path(__file__).parent))
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, str(tmp_path / folder), str(stop_at)],
+            env={**os.environ, "MLX_RANK": str(rank), "MLX_HOSTFILE": str(tmp_path / "hosts.json")},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    return [out for out, _ in outputs]
+
+
+def test_two_processes_share_the_work_and_stop_and_resume_together(tmp_path):
+    launch(tmp_path, "straight")
+    ranks = [mx.load(str(tmp_path / f"straight-{rank}.safetensors")) for rank in range(2)]
+    assert_same(ranks[0], ranks[1])
+
+    # One process with both batches in one: the mean of the gradients is the gradient of the mean.
+    def both(index):
+        parts = [batch_at(2 * index), batch_at(2 * index + 1)]
+        return {name: mx.concatenate([part[name] for part in parts]) for name in ("x", "y")}
+
+    alone = trainer(tmp_path / "alone", save_every=100, optimizer="muon")
+    alone.fit(both)
+    for name, array in tree_flatten(alone.state()):
+        np.testing.assert_allclose(ranks[0][name], array, rtol=1e-3, atol=1e-5, err_msg=name)
+
+    stopped = launch(tmp_path, "run", stop_at=2)
+    assert stopped == ["stopped at 4\n"] * 2  # asked in step 3, told with step 3's gradients, acted on a step later
+    assert newest_state(tmp_path / "run").name == "state-00000004.safetensors"
+    launch(tmp_path, "run")
+    for rank in range(2):
+        assert_same(mx.load(str(tmp_path / f"run-{rank}.safetensors")), ranks[rank])
