@@ -100,12 +100,19 @@ def test_timestep_embedding_holds_float64_accuracy():
     np.testing.assert_allclose(np.array(timestep_embedding(mx.array(t), 256)), want, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 3, 4, 48), (1, 1, 4, 3, 48), (1, 1, 4, 4, 16)])
+@pytest.mark.parametrize("shape", [(1, 1, 3, 4, 48), (1, 1, 4, 3, 48), (1, 1, 4, 4, 16), (1, 4, 4, 48)])
 def test_latents_that_do_not_fit(model, inputs, shape):
     with pytest.raises(ValueError, match="do not fit"):
         model(mx.zeros(shape), mx.array([5.0]), inputs[1][:1])
 
 
-def test_timesteps_that_do_not_fit(model, inputs):
+@pytest.mark.parametrize("shape", [(2, 5), (), (2, 1, 1)])
+def test_timesteps_that_do_not_fit(model, inputs, shape):
     with pytest.raises(ValueError, match="timesteps"):
-        model(inputs[0], mx.zeros((2, 5)), inputs[1])
+        model(inputs[0], mx.zeros(shape), inputs[1])
+
+
+@pytest.mark.parametrize("shape", [(1, 512, 64), (512, 64), (2, 512, 32)])
+def test_contexts_that_do_not_fit(model, inputs, shape):
+    with pytest.raises(ValueError, match=r"context .* must be \(2, tokens, 64\)"):
+        model(inputs[0], mx.zeros((2,)), mx.zeros(shape))

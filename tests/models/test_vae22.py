@@ -102,7 +102,27 @@ def test_norm_forgets_the_size_of_its_input(size):
     assert np.array_equal(np.array(RMSNorm(16)(mx.zeros((1, 16)))), np.zeros((1, 16)))
 
 
-@pytest.mark.parametrize("shape", [(1, 12, 32, 32, 3), (1, 5, 24, 32, 3), (1, 5, 32, 40, 3)])
+@pytest.mark.parametrize(
+    "shape", [(1, 12, 32, 32, 3), (1, 0, 32, 32, 3), (1, 5, 24, 32, 3), (1, 5, 32, 40, 3), (5, 32, 32, 3)]
+)
 def test_videos_that_do_not_fit(model, shape):
-    with pytest.raises(ValueError, match="video of"):
+    with pytest.raises(ValueError, match="video"):
         model.encode(mx.zeros(shape))
+
+
+def test_numpy_arrays_are_taken_as_they_are(model):
+    video = small.video("numpy", 5, 32, 32)
+    assert mx.array_equal(model.encode(video), model.encode(mx.array(video)))
+    latents = small.random("numpy", (1, 2, 2, 2, 48))
+    assert mx.array_equal(model.decode(latents), model.decode(mx.array(latents)))
+
+
+def test_pixels_from_0_to_255_are_not_taken_for_a_video(model):
+    with pytest.raises(ValueError, match=r"floats \(B, T, H, W, 3\), not uint8"):
+        model.encode(mx.zeros((1, 5, 32, 32, 3), mx.uint8))
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 2, 48), (1, 2, 2, 2, 16)])
+def test_latents_that_do_not_fit(model, shape):
+    with pytest.raises(ValueError, match=r"floats \(B, T, H, W, 48\)"):
+        model.decode(mx.zeros(shape))

@@ -234,9 +234,13 @@ class WanTransformer(nn.Module):
 
         Returns:
             velocity (B, t, h, w, out_dim), float32.
+
+        Raises ValueError for shapes that do not fit.
         """
         config = self.config
         grid = self.token_grid(latents.shape)
+        if context.ndim != 3 or (context.shape[0], context.shape[2]) != (latents.shape[0], config.text_dim):
+            raise ValueError(f"context {context.shape} must be ({latents.shape[0]}, tokens, {config.text_dim})")
         x = self.patch_embedding(patchify(latents, config.patch_size)).astype(mx.float32)
         time, modulation = self.embed_time(timesteps, grid)
         context = run_layers(self.text_embedding, context.astype(self.dtype))
@@ -248,7 +252,8 @@ class WanTransformer(nn.Module):
     def token_grid(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
         """Tokens along time, height and width for latents of `shape` (B, t, h, w, C)."""
         sizes, patch = tuple(shape[1:4]), self.config.patch_size
-        if any(size % p for size, p in zip(sizes, patch, strict=True)) or shape[4] != self.config.in_dim:
+        fits = len(shape) == 5 and shape[4] == self.config.in_dim
+        if not fits or any(size % p for size, p in zip(sizes, patch, strict=True)):
             raise ValueError(f"latents {tuple(shape)} do not fit patches of {patch} and {self.config.in_dim} channels")
         return sizes[0] // patch[0], sizes[1] // patch[1], sizes[2] // patch[2]
 
@@ -256,7 +261,7 @@ class WanTransformer(nn.Module):
         """Time embedding (B, G, C) and modulation (B, G, 6, C), float32; G as in `modulate`."""
         if timesteps.ndim == 1:
             timesteps = timesteps[:, None]
-        if timesteps.shape[1] not in (1, grid[0], math.prod(grid)):
+        if timesteps.ndim != 2 or timesteps.shape[1] not in (1, grid[0], math.prod(grid)):
             raise ValueError(
                 f"timesteps {timesteps.shape} must hold one value a sample, a latent frame ({grid[0]}) "
                 f"or a token ({math.prod(grid)})"

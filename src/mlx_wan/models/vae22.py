@@ -316,6 +316,18 @@ def unfold_pixels(x: mx.array, p: int) -> mx.array:
     return x.reshape(b, t, h * p, w * p, c // (p * p))
 
 
+def _floats(array: mx.array, what: str, channels: int) -> mx.array:
+    """`array` (NumPy's too) as MLX has it, found to be (B, T, H, W, channels) of floats.
+
+    Whole numbers are refused because pixels of 0 to 255 would pass for a video in [-1, 1].
+    """
+    array = array if isinstance(array, mx.array) else mx.array(array)
+    if array.ndim != 5 or array.shape[-1] != channels or not mx.issubdtype(array.dtype, mx.floating):
+        dtype = str(array.dtype).removeprefix("mlx.core.")
+        raise ValueError(f"{what} must be floats (B, T, H, W, {channels}), not {dtype} {tuple(array.shape)}")
+    return array
+
+
 class WanVAE22(nn.Module):
     """The autoencoder. `encode` and `decode` work on normalised latents, as the transformer does."""
 
@@ -362,8 +374,9 @@ class WanVAE22(nn.Module):
     def stream_encode(self, video: mx.array) -> Iterator[mx.array]:
         """Normalised latents, one frame (B, 1, h, w, z_dim) at a time, of a video as in `encode`.
 
-        Raises ValueError for a shape that the strides do not divide.
+        Raises ValueError for a shape that the strides do not divide, or for whole numbers.
         """
+        video = _floats(video, "video", 3)
         stride_t, stride_h, stride_w = self.config.stride
         frames, height, width = video.shape[1:4]
         if frames % stride_t != 1 or height % stride_h or width % stride_w:
@@ -379,7 +392,11 @@ class WanVAE22(nn.Module):
             yield latents
 
     def stream_decode(self, latents: mx.array) -> Iterator[mx.array]:
-        """Video in pieces of 1, 4, 4, … frames (B, ·, H, W, 3) in [-1, 1], each evaluated; memory stays constant."""
+        """Video in pieces of 1, 4, 4, … frames (B, ·, H, W, 3) in [-1, 1], each evaluated; memory stays constant.
+
+        Raises ValueError for latents of another shape than in `decode`.
+        """
+        latents = _floats(latents, "latents", self.config.z_dim)
         cache = FeatureCache()
         for i in range(latents.shape[1]):
             piece = mx.clip(self.pixels(self.denormalise(latents[:, i : i + 1]), cache), -1, 1)
