@@ -48,6 +48,20 @@ def test_motion_keeps_its_order_and_its_detail(tmp_path):
     assert (10 * np.log10(255**2 / error) > 42).all()
 
 
+def test_the_same_frames_make_the_same_file(tmp_path):
+    rng = np.random.default_rng(2)
+    still = rng.standard_normal((1, 6, 6, 3)).repeat(16, 1).repeat(16, 2) * 60 + 128
+    frames = np.clip(still + rng.normal(0, 8, (9, 96, 96, 3)), 0, 255).astype(np.uint8)
+    made = set()
+    for i in range(8):
+        with VideoWriter(tmp_path / "clip.mp4", 24) as writer:
+            for start in range(0, 9, 4):
+                writer.write(frames[start : start + 4])
+        made.add((tmp_path / "clip.mp4").read_bytes())
+        _ = [np.full(1000 * n + 7, 255 - i, np.uint8) for n in range(1, 300)]  # other numbers in freed memory
+    assert len(made) == 1
+
+
 def test_players_can_start_early_and_know_the_colours(tmp_path):
     with VideoWriter(tmp_path / "bars.mp4", 24000 / 1001) as writer:
         writer.write(colour_bars())
@@ -202,6 +216,13 @@ def test_every_mode_becomes_rgb(tmp_path, mode):
 def test_16_bit_grey_is_scaled_not_clipped(tmp_path):
     Image.fromarray(np.full((8, 8), 128 * 256, np.uint16)).save(tmp_path / "deep.png")
     assert read_image(tmp_path / "deep.png").getpixel((0, 0)) == (128, 128, 128)
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_pictures_without_a_known_range_are_refused(tmp_path, mode):
+    Image.new(mode, (8, 8)).save(tmp_path / "deep.tiff")
+    with pytest.raises(UserError, match=r"deep\.tiff: has 32 bits a pixel"):
+        read_image(tmp_path / "deep.tiff")
 
 
 def test_missing_wrong_and_cut_pictures_are_named(tmp_path):
