@@ -23,7 +23,7 @@ AUTOENCODER = {
         "dim": 4,
         "dec_dim": 4,
         "z_dim": 4,
-        "dim_mult": [1, 2],
+        "dim_mult": [2, 2],
         "num_res_blocks": 1,
         "temporal_downsample": [True],
         "patch_size": 2,

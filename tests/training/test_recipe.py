@@ -74,6 +74,8 @@ WRONG_AUTOENCODERS = [
     ({"crops": {"num_frames": 3, "width": 6, "height": 6}}, "crops are 6x6; sides must be multiples"),
     ({"model__dim_mult": [1, 2, 4]}, "temporal_downsample has 1 entries; it needs one less"),
     ({"model__dim_mult": "12"}, "model: dim_mult is '12'; it must be a list"),
+    ({"model__dim_mult": [1, 2]}, "dim_mult goes from 1 to 2; the second must divide 1"),
+    ({"model__dim_mult": [3, 3]}, "dim_mult goes from 1 to 3; the second must divide 8"),
     ({"model__dim": 0}, "model.dim is 0; it must be at least 1"),
     ({"model__latents_mean": [0, 0, 0, 0]}, "are measured after training"),
     ({"kl_weight": -1.0}, "kl_weight is -1.0; it must be at least 0"),

@@ -66,14 +66,7 @@ class AutoencoderRecipe:
         _at_least(self, 1, "whole_every", "whole_batch", "validation_clips")
         _at_least(self, 0, "kl_weight")
         vae, clips, crops = self.model, self.clips, self.crops
-        _at_least(vae, 1, "dim", "dec_dim", "z_dim", "num_res_blocks", "patch_size", section="model")
-        if not vae.dim_mult or min(vae.dim_mult) < 1 or len(vae.temporal_downsample) != len(vae.dim_mult) - 1:
-            raise UserError(
-                f"model.dim_mult is {list(vae.dim_mult)} and model.temporal_downsample has "
-                f"{len(vae.temporal_downsample)} entries; it needs one less than dim_mult, whose entries are 1 or more"
-            )
-        if vae.latents_mean or vae.latents_std:
-            raise UserError("model.latents_mean and model.latents_std are measured after training; leave them out")
+        _check_widths(vae)
         clips.check_stride("clips", vae)
         if crops is None:
             return
@@ -123,6 +116,26 @@ class TransformerRecipe:
         self.clips.check_stride("clips", vae, patch)
         size = {name: self.sampling[name] for name in ("num_frames", "width", "height")}
         Clips(**size).check_stride("sampling", vae, patch)
+
+
+def _check_widths(vae: VAEConfig) -> None:
+    _at_least(vae, 1, "dim", "dec_dim", "z_dim", "num_res_blocks", "patch_size", section="model")
+    if not vae.dim_mult or min(vae.dim_mult) < 1 or len(vae.temporal_downsample) != len(vae.dim_mult) - 1:
+        raise UserError(
+            f"model.dim_mult is {list(vae.dim_mult)} and model.temporal_downsample has "
+            f"{len(vae.temporal_downsample)} entries; it needs one less than dim_mult, whose entries are 1 or more"
+        )
+    # A strided stage's shortcut folds a block of pixels into channels (or back) and averages (or repeats) groups of
+    # them, so the width of the one side must divide what the block of the other holds.
+    folds = [4 * (2 if temporal else 1) for temporal in vae.temporal_downsample]
+    mult = vae.dim_mult
+    encoder = zip((1, *mult), mult, (*folds, 1), strict=False)
+    decoder = zip(mult[1:], mult[2:], folds, strict=False)
+    for narrow, wide, fold in (*encoder, *decoder):
+        if narrow * fold % wide:
+            raise UserError(f"model.dim_mult goes from {narrow} to {wide}; the second must divide {narrow * fold}")
+    if vae.latents_mean or vae.latents_std:
+        raise UserError("model.latents_mean and model.latents_std are measured after training; leave them out")
 
 
 def _check_dimensions(transformer: TransformerConfig, text: TextEncoderConfig) -> None:
