@@ -1,16 +1,17 @@
 """From a prompt, or a prompt and a picture, to a video: the order of things, and who is in memory when."""
 
+import math
 import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_wan import backend
-from mlx_wan.errors import UserError
+from mlx_wan.errors import UserError, WanError
 from mlx_wan.models.transformer import WanTransformer
 from mlx_wan.models.umt5 import UMT5Encoder
 from mlx_wan.models.vae22 import WanVAE22
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
 OUTPUT_TYPES = ("np", "latent")
+DTYPES = (mx.float32, mx.bfloat16, mx.float16)
+Value = TypeVar("Value")
 
 
 class Event(NamedTuple):
@@ -104,13 +107,15 @@ class WanPipeline:
 
         Args:
             path: see docs/checkpoints.md for the layouts.
-            dtype: None means bfloat16 on a GPU and float32 on the CPU.
+            dtype: mx.float32, mx.bfloat16 or mx.float16; None means bfloat16 on a GPU and float32 on the CPU.
             low_memory: None decides: yes if all components together take over half of the memory.
 
         Raises:
-            UserError: there is nothing at `path`, or not everything.
-            CheckpointError: a file is damaged or of another model.
+            UserError: there is nothing at `path`, or `dtype` is another.
+            CheckpointError: a file is missing, damaged or of another model.
         """
+        if dtype is not None and dtype not in DTYPES:
+            raise UserError(f"dtype is {dtype!r}; choose one of {', '.join(map(str, DTYPES))}")
         checkpoint, dtype = locate(path), dtype or backend.default_dtype()
         if low_memory is None:
             parts = (checkpoint.transformer, checkpoint.text_encoder, checkpoint.vae)
@@ -173,8 +178,9 @@ class WanPipeline:
 
         Args:
             prompt: what to show.
-            image: the first frame: a picture or its file. Without width and height the size follows the picture's
-                aspect ratio at the model's default area; with both, the picture is scaled and cropped to them.
+            image: the first frame: a picture (shown upright if its EXIF data say how) or its file. Without width and
+                height the size follows the picture's aspect ratio at the model's default area; with both, the picture
+                is scaled and cropped to them.
             negative_prompt: what to steer away from; has no effect at guidance_scale 1.
             width, height: in pixels, multiples of VAE stride times patch (32 for the 5B).
             num_frames: 4n + 1.
@@ -182,14 +188,14 @@ class WanPipeline:
             guidance_scale: 1 is no guidance, and half the work.
             shift: of the noise schedule.
             scheduler: "unipc", "dpm++" or "euler".
-            seed: of the noise; None draws one.
-            latents: the noise to start from (1, t, h, w, C), instead of a seed.
+            seed: of the noise, 0 to 2**64 - 1; None draws one.
+            latents: the noise to start from (1, t, h, w, C), MLX or NumPy, instead of a seed.
             output_type: "latent" leaves the latents undecoded.
             callback: called with (step, steps, latents) after each step, steps counted from 1.
 
         Raises:
             UserError: a value that the model cannot take.
-            WanError: the latents became NaN or infinite.
+            WanError: the latents became NaN or infinite, or the decoded video NaN.
         """
         if output_type not in OUTPUT_TYPES:
             raise UserError(f"output_type is {output_type!r}; choose one of {', '.join(OUTPUT_TYPES)}")
@@ -256,6 +262,8 @@ class WanPipeline:
         yield Event("latents", 1, 1, latents)
         if decode:
             for index, piece in enumerate(self.vae.stream_decode(latents), start=1):
+                if mx.isnan(piece).any().item():
+                    raise WanError(f"piece {index} of the decoded video is NaN: check the checkpoint's VAE")
                 yield Event("frames", index, latents.shape[1], to_uint8(piece[0]))
 
     def _encode_texts(self, request: _Request) -> Iterator[Event]:
@@ -300,33 +308,26 @@ class WanPipeline:
         latents: mx.array | None,
     ) -> _Request:
         spec = self.spec
-        if not isinstance(prompt, str):
-            raise UserError(f"prompt is a {type(prompt).__name__}; it must be a string (one video a call)")
         picture = _open(image)
-        width, height = self._size(width, height, picture)
-        num_frames = spec.num_frames if num_frames is None else num_frames
-        noise_shape = self._latent_shape(width, height, num_frames)
-        if latents is None:
-            seed = secrets.randbelow(2**32) if seed is None else seed
-            latents = initial_noise(noise_shape, seed)
-        elif latents.shape != noise_shape:
-            raise UserError(f"latents are {latents.shape}; {width}x{height} and {num_frames} frames need {noise_shape}")
+        width, height = self._size(_whole("width", width), _whole("height", height), picture)
+        num_frames = _or(_whole("num_frames", num_frames), spec.num_frames)
+        noise, seed = _noise(latents, _whole("seed", seed), self._latent_shape(width, height, num_frames))
         self.scheduler = make_scheduler(
-            spec.scheduler if scheduler is None else scheduler,
-            spec.num_inference_steps if num_inference_steps is None else num_inference_steps,
-            spec.shift if shift is None else shift,
+            _or(scheduler, spec.scheduler),
+            _or(num_inference_steps, spec.num_inference_steps),
+            _or(shift, spec.shift),
         )
         return _Request(
-            prompt,
+            _text("prompt", prompt),
             picture,
-            spec.negative_prompt if negative_prompt is None else negative_prompt,
+            _text("negative_prompt", _or(negative_prompt, spec.negative_prompt)),
             width,
             height,
             num_frames,
-            spec.guidance_scale if guidance_scale is None else guidance_scale,
+            _number("guidance_scale", _or(guidance_scale, spec.guidance_scale)),
             self.scheduler,
             seed,
-            latents.astype(mx.float32),
+            noise,
         )
 
     def _steps(self) -> tuple[int, int]:
@@ -365,7 +366,52 @@ def _open(image: "Image.Image | str | Path | None") -> "Image.Image | None":
         from mlx_wan.video import read_image
 
         return read_image(image)
-    return image
+    if image is None:
+        return None
+    from PIL import Image
+
+    if not isinstance(image, Image.Image):
+        raise UserError(f"image is a {type(image).__name__}; give a file name or a PIL image")
+    from mlx_wan.video import to_rgb
+
+    return to_rgb(image)
+
+
+def _or(value: Value | None, default: Value) -> Value:
+    return default if value is None else value
+
+
+def _text(name: str, value: str) -> str:
+    if not isinstance(value, str):
+        raise UserError(f"{name} is a {type(value).__name__}; it must be a string (one video a call)")
+    return value
+
+
+def _whole(name: str, value: int | None) -> int | None:
+    if value is None:
+        return None
+    if not isinstance(value, int | np.integer) or not 0 <= value < 2**64:
+        raise UserError(f"{name} is {value!r}; it must be a whole number, not negative")
+    return int(value)
+
+
+def _number(name: str, value: float) -> float:
+    if not isinstance(value, int | float | np.number) or not math.isfinite(value):
+        raise UserError(f"{name} is {value!r}; it must be a number")
+    return float(value)
+
+
+def _noise(latents: mx.array | None, seed: int | None, shape: tuple[int, ...]) -> tuple[mx.array, int | None]:
+    """Noise of `shape`, float32, and its seed: drawn, or given and found to be finite."""
+    if latents is None:
+        seed = secrets.randbelow(2**32) if seed is None else seed
+        return initial_noise(shape, seed), seed
+    latents = mx.array(latents, dtype=mx.float32)
+    if latents.shape != shape:
+        raise UserError(f"latents are {latents.shape}; this size and number of frames need {shape}")
+    if not mx.isfinite(latents).all().item():
+        raise UserError("latents hold NaN or infinite values; they must be noise of mean 0 and variance 1")
+    return latents, seed
 
 
 def to_uint8(video: mx.array) -> np.ndarray:

@@ -1,0 +1,174 @@
+"""WanPipeline as a user meets it: what may be given, what comes back, and who is in memory when."""
+
+import gc
+import weakref
+
+import checkpoint
+import mlx.core as mx
+import numpy as np
+import pytest
+import small
+from PIL import Image
+
+import mlx_wan
+from mlx_wan.errors import UserError, WanError
+
+SMALL = {"width": 64, "height": 32, "num_frames": 5, "num_inference_steps": 2}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return checkpoint.write_official(tmp_path_factory.mktemp("small") / "Wan2.2-small")
+
+
+@pytest.fixture(scope="module")
+def pipe(folder):
+    return mlx_wan.WanPipeline.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def noise():
+    return small.random("noise", (1, 2, 2, 4, 48))
+
+
+# --- what comes back -----------------------------------------------------------------------------------------
+
+
+def test_frames_latents_seed_and_rate(pipe):
+    out = pipe("a cat", **SMALL, seed=3)
+    assert (out.frames.shape, out.frames.dtype) == ((5, 32, 64, 3), np.uint8)
+    assert (out.latents.shape, out.latents.dtype) == ((1, 2, 2, 4, 48), mx.float32)
+    assert (out.seed, out.fps) == (3, 24)
+    again = pipe("a cat", **SMALL, seed=3)
+    assert np.array_equal(again.frames, out.frames)
+    assert not np.array_equal(pipe("a cat", **SMALL, seed=4).frames, out.frames)
+
+
+def test_the_seed_that_was_drawn_makes_the_same_video(pipe):
+    drawn = pipe("a cat", **SMALL, output_type="latent")
+    assert mx.array_equal(pipe("a cat", **SMALL, output_type="latent", seed=drawn.seed).latents, drawn.latents)
+    assert pipe("a cat", **SMALL, output_type="latent").seed != drawn.seed
+
+
+def test_given_noise_is_what_the_run_starts_from(pipe, noise):
+    out = pipe("a cat", **SMALL, latents=noise, output_type="latent")
+    assert (out.frames, out.seed) == (None, None)
+    assert mx.array_equal(pipe("a cat", **SMALL, latents=mx.array(noise), output_type="latent").latents, out.latents)
+    drawn = pipe("a cat", **SMALL, seed=3, output_type="latent").latents
+    key = mx.random.normal((1, 2, 2, 4, 48), key=mx.random.key(3))
+    assert mx.array_equal(pipe("a cat", **SMALL, latents=key, output_type="latent").latents, drawn)
+
+
+def test_callback_and_stream_tell_of_every_step(pipe, noise):
+    calls = []
+    out = pipe("a cat", **SMALL, latents=noise, callback=lambda step, steps, latents: calls.append((step, latents)))
+    assert [step for step, _ in calls] == [1, 2]
+    assert mx.array_equal(calls[-1][1], out.latents)
+    events = list(pipe.stream("a cat", **SMALL, latents=noise, image=Image.new("RGB", (64, 32))))
+    stages = [(event.stage, event.index, event.total) for event in events]
+    assert stages == [
+        *(("text", 1, 2), ("text", 2, 2), ("image", 1, 1), ("denoise", 1, 2), ("denoise", 2, 2)),
+        *(("latents", 1, 1), ("frames", 1, 2), ("frames", 2, 2)),
+    ]
+    assert [event.value.shape for event in events[-2:]] == [(1, 32, 64, 3), (4, 32, 64, 3)]
+
+
+@pytest.mark.parametrize("prompt", ["", "一只猫在草地上跑", "🐱👩\u200d🚀", "\ud83d \x00 \ufeff", "red " * 5000])
+def test_any_text_is_a_prompt(pipe, prompt):
+    embedding = pipe.encode_prompt(prompt)
+    assert embedding.shape[1] == 64
+    assert 1 <= embedding.shape[0] <= 512
+    assert mx.isfinite(embedding).all().item()
+    assert pipe(prompt, **SMALL, seed=0, output_type="latent").latents.shape == (1, 2, 2, 4, 48)
+
+
+def test_a_picture_may_be_a_file_or_an_open_one_and_is_shown_upright(pipe, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # show turned a quarter clockwise
+    sideways = Image.fromarray(np.ascontiguousarray(np.rot90(small.picture(32, 64))))
+    sideways.save(tmp_path / "photo.png", exif=exif)
+    options = {"num_frames": 1, "num_inference_steps": 1, "seed": 0, "width": 64, "height": 32, "output_type": "latent"}
+    upright = pipe("a cat", image=Image.fromarray(small.picture(32, 64)), **options).latents
+    assert mx.array_equal(pipe("a cat", image=tmp_path / "photo.png", **options).latents, upright)
+    assert mx.array_equal(pipe("a cat", image=str(tmp_path / "photo.png"), **options).latents, upright)
+    assert mx.array_equal(pipe("a cat", image=Image.open(tmp_path / "photo.png"), **options).latents, upright)
+    assert not mx.array_equal(pipe("a cat", image=sideways, **options).latents, upright)
+
+
+# --- mistakes ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"width": 100}, "size 100x32: width must be a multiple of 32"),
+        ({"width": 64.0}, "width is 64.0; it must be a whole number"),
+        ({"height": "32"}, "height is '32'; it must be a whole number"),
+        ({"width": None}, "give both width and height"),
+        ({"num_frames": 6}, "num_frames is 6; it must be 4n"),
+        ({"num_frames": 5.0}, "num_frames is 5.0; it must be a whole number"),
+        ({"num_inference_steps": 0}, "number of inference steps is 0"),
+        ({"guidance_scale": float("nan")}, "guidance_scale is nan; it must be a number"),
+        ({"guidance_scale": "5"}, "guidance_scale is '5'; it must be a number"),
+        ({"shift": 0}, "shift is 0"),
+        ({"scheduler": "ddim"}, "unknown scheduler 'ddim'"),
+        ({"seed": -1}, "seed is -1; it must be a whole number, not negative"),
+        ({"seed": 2**64}, "seed is 18446744073709551616"),
+        ({"prompt": ["a cat"]}, "prompt is a list; it must be a string"),
+        ({"negative_prompt": 3}, "negative_prompt is a int"),
+        ({"output_type": "pil"}, "output_type is 'pil'; choose one of np, latent"),
+        ({"image": np.zeros((32, 32, 3))}, "image is a ndarray; give a file name or a PIL image"),
+        ({"image": "absent.png"}, "absent.png: no such picture"),
+        ({"latents": mx.zeros((1, 2, 4, 4, 48))}, r"latents are \(1, 2, 4, 4, 48\)"),
+        ({"latents": mx.full((1, 2, 2, 4, 48), float("nan"))}, "latents hold NaN"),
+    ],
+)
+def test_mistakes_are_named_before_the_work(pipe, monkeypatch, options, message):
+    monkeypatch.setattr(pipe, "encode_prompt", lambda text: pytest.fail("the work began"))
+    with pytest.raises(UserError, match=message):
+        pipe(**{"prompt": "a cat", **SMALL, "seed": 0, **options})
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", mx.int8])
+def test_other_types_are_refused(folder, dtype):
+    with pytest.raises(UserError, match=r"choose one of mlx\.core\.float32"):
+        mlx_wan.WanPipeline.from_pretrained(folder, dtype=dtype)
+
+
+def test_a_video_that_is_not_a_number_is_a_failure(folder):
+    broken = mlx_wan.WanPipeline.from_pretrained(folder)
+    broken.vae.decoder.head[2].bias[0] = float("nan")
+    with pytest.raises(WanError, match="piece 1 of the decoded video is NaN"):
+        broken("a cat", **SMALL, seed=0)
+
+
+# --- memory --------------------------------------------------------------------------------------------------
+
+
+def test_with_low_memory_one_large_part_is_there_at_a_time(folder):
+    pipe = mlx_wan.WanPipeline.from_pretrained(folder, low_memory=True)
+    parts, alive = {}, []
+    for event in pipe.stream("a cat", **SMALL, seed=0):
+        for name in ("_text_encoder", "_transformer", "_vae"):
+            module = getattr(pipe, name)
+            if module is not None and name not in parts:
+                parts[name] = weakref.ref(module)
+            del module
+        gc.collect()
+        alive.append((event.stage, {name for name, part in parts.items() if part() is not None}))
+    assert alive == [
+        ("text", {"_text_encoder"}),
+        ("text", {"_text_encoder"}),
+        ("denoise", {"_transformer"}),
+        ("denoise", {"_transformer"}),
+        ("latents", set()),
+        ("frames", {"_vae"}),
+        ("frames", {"_vae"}),
+    ]
+
+
+def test_without_it_the_parts_stay(folder):
+    pipe = mlx_wan.WanPipeline.from_pretrained(folder, low_memory=False)
+    parts = (pipe.text_encoder, pipe.transformer, pipe.vae)
+    pipe("a cat", **SMALL, seed=0)
+    assert parts == (pipe.text_encoder, pipe.transformer, pipe.vae)
