@@ -197,6 +197,9 @@ def test_default_names_never_meet_a_file_that_is_there(folder, monkeypatch):
         ("--save_file no/such/folder/out.mp4", "no/such/folder/out.mp4: the folder no/such/folder does not exist"),
         ("--save_file out.avi", "out.avi: a video's name ends in .mp4"),
         ("--save_file /proc/out.mp4", "/proc/out.mp4: "),
+        ("--image=", "--image is empty; give a name"),
+        ("--save_file=", "--save_file is empty; give a name"),
+        ("--ckpt_dir=", "--ckpt_dir is empty; give a name"),
         ("--sample-step 4", "unknown flag --sample-step, did you mean --sample_steps?"),
     ],
 )

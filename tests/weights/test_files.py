@@ -163,3 +163,10 @@ def test_what_is_not_a_tensor_file_is_the_users_error(tmp_path):
         read_tensors(tmp_path / "a.txt")
     with pytest.raises(UserError, match="no such file"):
         read_tensors(tmp_path / "none.safetensors")
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "a.pth"])
+def test_what_git_leaves_without_lfs_is_named(tmp_path, name):
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n")
+    with pytest.raises(CheckpointError, match=f"{name}: is a Git LFS pointer, .* `git lfs pull`"):
+        read_tensors(tmp_path / name)

@@ -236,6 +236,18 @@ def test_missing_files_are_listed(folder):
     )
 
 
+@pytest.mark.parametrize("instead", ["folder", "dangling link"])
+def test_what_is_there_but_no_file_is_missing(folder, instead):
+    vae = folder / "Wan2.2_VAE.pth"
+    vae.unlink()
+    if instead == "folder":
+        vae.mkdir()
+    else:
+        vae.symlink_to(folder / "nowhere")
+    with pytest.raises(CheckpointError, match=r"missing: Wan2\.2_VAE\.pth"):
+        locate(folder)
+
+
 def test_missing_shards_are_listed(tmp_path):
     folder = checkpoints.write_official(tmp_path / "model", shards=3)
     (folder / "diffusion_pytorch_model-00002-of-00003.safetensors").unlink()

@@ -74,7 +74,7 @@ def _boolean(text: str) -> bool:
 
 def run(args: argparse.Namespace) -> None:
     """Check the request, make the video, and print where it is and what it took."""
-    _check_numbers(args)
+    _check_flags(args)
     from mlx_wan.video import check_writable, read_image
     from mlx_wan.weights.locate import locate
 
@@ -138,8 +138,11 @@ def _follow(event: "Event", progress: Progress, writer: "VideoWriter", with_imag
 # --- the request ---------------------------------------------------------------------------------------------
 
 
-def _check_numbers(args: argparse.Namespace) -> None:
+def _check_flags(args: argparse.Namespace) -> None:
     """What can be judged without knowing the model."""
+    for flag in ("image", "save_file", "ckpt_dir"):
+        if getattr(args, flag) == "":  # an unset variable of a script: no reason to do something else silently
+            raise UserError(f"--{flag} is empty; give a name, or leave the flag out")
     if args.task != TASK:
         known = f"is not supported yet; only {TASK} is" if args.task in OTHER_TASKS else f"is unknown; use {TASK}"
         raise UserError(f"--task {args.task} {known}")

@@ -7,7 +7,7 @@ from typing import Any
 
 from mlx_wan.errors import CheckpointError, UserError
 from mlx_wan.weights.pickles import read_pth
-from mlx_wan.weights.tensors import DTYPES, TensorInfo, mapped_tensor
+from mlx_wan.weights.tensors import DTYPES, LFS_HINT, LFS_POINTER, TensorInfo, mapped_tensor
 
 __all__ = [
     "INDEX_SUFFIX",
@@ -108,6 +108,9 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
     """The header as it stands, and the byte where the values begin."""
     size = path.stat().st_size
     with path.open("rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise CheckpointError(f"{path}: {LFS_HINT}")
+        file.seek(0)
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or 8 + length > size or length > MAX_HEADER_BYTES:
             raise CheckpointError(

@@ -136,7 +136,7 @@ def _missing(folder: Path, layout: Layout) -> list[str]:
 def _missing_message(folder: Path, layout: Layout, missing: list[str]) -> str:
     strangers = []
     for file in sorted(folder.iterdir()):
-        if file.suffix in TENSOR_SUFFIXES and len(strangers) < 3:
+        if file.suffix in TENSOR_SUFFIXES and file.is_file() and len(strangers) < 3:
             try:
                 identity = identify({name: info.shape for name, info in read_tensors(file).items()})
             except CheckpointError:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from mlx_wan.errors import CheckpointError, UserError
-from mlx_wan.weights.tensors import DTYPES, TensorInfo, mapped_tensor
+from mlx_wan.weights.tensors import DTYPES, LFS_HINT, LFS_POINTER, TensorInfo, mapped_tensor
 
 STORAGE_DTYPES = {
     "BoolStorage": "bool",
@@ -124,8 +124,10 @@ def read_pth(path: str | Path) -> dict[str, TensorInfo]:
 
 
 def _open_zip(path: Path, file: io.BufferedReader) -> zipfile.ZipFile:
-    start = file.read(len(LEGACY_MAGIC))
-    if start == LEGACY_MAGIC:
+    start = file.read(max(len(LEGACY_MAGIC), len(LFS_POINTER)))
+    if start.startswith(LFS_POINTER):
+        raise CheckpointError(LFS_HINT)
+    if start.startswith(LEGACY_MAGIC):
         raise CheckpointError("is in the format of torch before 1.6; save it again with a newer torch")
     if start[:4] != b"PK\x03\x04":
         raise CheckpointError("is not a torch zip file")

@@ -33,6 +33,9 @@ DTYPES: dict[str, tuple[int, np.dtype | None, mx.Dtype | None]] = {
     "float8_e8m0": (1, None, None),
 }
 
+LFS_POINTER = b"version https://git-lfs.github.com/"
+LFS_HINT = "is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`"  # what a plain git clone leaves
+
 
 @dataclass(frozen=True)
 class TensorInfo:
