@@ -255,9 +255,7 @@ class WanPipeline:
         for index, latents in enumerate(steps, start=1):
             yield Event("denoise", index, total, latents)
         if self.low_memory:
-            # The generator holds the transformer too, until it is closed.
-            steps.close()
-            self._transformer = None
+            self._transformer = None  # the generator let go of it with the last step
             mx.clear_cache()
         yield Event("latents", 1, 1, latents)
         if decode:
