@@ -81,7 +81,8 @@ class AutoencoderRecipe:
 class TransformerRecipe:
     """Stage two.
 
-    pool: clips drawn and encoded once. captions: different captions of each. shift: of the noise levels (see
+    pool: clips drawn and encoded once. objects: how many each shows, 1 or 2; none leaves it to chance. captions:
+    different captions of each. shift: of the noise levels (see
     objective.py). caption_dropout: share of samples without a caption, for guidance. image_to_video: share of
     samples whose first latent frame is given clean. sampling: how the finished model is sampled by default.
     """
@@ -92,6 +93,7 @@ class TransformerRecipe:
     clips: Clips
     sampling: dict[str, Any]
     pool: int = 65536
+    objects: int | None = None
     captions: int = 4
     shift: float = 3.0
     caption_dropout: float = 0.1
@@ -100,6 +102,8 @@ class TransformerRecipe:
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "pool", "captions", "validation_clips")
+        if self.objects not in (None, 1, 2):
+            raise UserError(f"objects is {self.objects}; it must be 1 or 2, or left out")
         if self.shift <= 0:
             raise UserError(f"shift is {self.shift}; it must be above 0")
         for name in ("caption_dropout", "image_to_video"):

@@ -58,11 +58,14 @@ def _signed_rgb(rgb: tuple[int, int, int]) -> tuple[float, ...]:
 
 
 def sample_batch(
-    rng: np.random.Generator, n: int, held_out: bool | None = False
+    rng: np.random.Generator, n: int, held_out: bool | None = False, objects: int | None = None
 ) -> tuple[list[Scene], np.ndarray, list[str]]:
-    """Draw n scenes: (scenes, their parameters (n, 2, NUM_PARAMS) float32, a caption for each)."""
+    """Draw n scenes: (scenes, their parameters (n, 2, NUM_PARAMS) float32, a caption for each).
+
+    held_out, objects: as `sample_scene` has them; objects is its count.
+    """
     draw = random.Random(int(rng.integers(2**63)))  # scalar draws cost a tenth of the NumPy generator's
-    scenes = [sample_scene(draw, held_out) for _ in range(n)]
+    scenes = [sample_scene(draw, held_out, objects) for _ in range(n)]
     return scenes, encode_scenes(scenes), [caption(scene, draw) for scene in scenes]
 
 

@@ -101,7 +101,7 @@ def autoencoder_trainer(recipe: AutoencoderRecipe, folder: Path) -> tuple[Traine
 
 
 def latent_statistics(
-    vae: WanVAE22, clips: Clips, count: int = 2048, batch: int = 64
+    vae: WanVAE22, clips: Clips, count: int = 192, batch: int = 16
 ) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of each latent channel over `count` drawn clips; WanError if one has none."""
     rng = np.random.default_rng(2_000_000)
@@ -193,7 +193,7 @@ def encode_pool(
     draw_words = random.Random(seed)
     rng = np.random.default_rng([seed, int(held_out)])
     while done < count:
-        scenes, params, first = sample_batch(rng, batch, held_out=held_out)
+        scenes, params, first = sample_batch(rng, batch, held_out=held_out, objects=recipe.objects)
         latents.append(compiled(mx.array(params)))
         mx.eval(latents[-1])  # one batch of pixels in memory at a time
         texts += [
