@@ -81,7 +81,7 @@ def evaluate(
         verdict = judge(frames, scene)
         verdict.update(prompt=prompt, seed=seed + i, names_background=names_background(prompt, scene))
         if i2v:
-            verdict["first_frame_psnr"] = psnr(frames[0], first_frame(scene))
+            verdict["first_frame_psnr"] = psnr(frames[0], first_frame(scene, *frames.shape[1:3]))
             psnrs.append(verdict["first_frame_psnr"])
         verdicts.append(verdict)
         if sheet and i < 24:
@@ -109,15 +109,15 @@ def _generator(args: argparse.Namespace) -> Generate:
     options = {"num_inference_steps": args.steps, "guidance_scale": args.guidance}
 
     def generate(prompt: str, scene: Scene, seed: int) -> np.ndarray:
-        image = Image.fromarray(first_frame(scene)) if args.i2v else None
+        image = Image.fromarray(first_frame(scene, pipe.spec.height, pipe.spec.width)) if args.i2v else None
         return pipe(prompt, image=image, seed=seed, **options).frames
 
     return generate
 
 
-def first_frame(scene: Scene) -> np.ndarray:
-    """The first frame of the scene's true clip, uint8 (128, 128, 3)."""
-    return to_uint8(render(mx.array(encode_scenes([scene])), 1)[0, 0])
+def first_frame(scene: Scene, height: int, width: int) -> np.ndarray:
+    """The first frame of the scene's true clip at a video's size, uint8 (height, width, 3)."""
+    return to_uint8(render(mx.array(encode_scenes([scene])), 1, height, width)[0, 0])
 
 
 def to_uint8(video: mx.array) -> np.ndarray:

@@ -31,8 +31,10 @@ class FakePipeline:
 
     def __init__(self):
         self.calls = []
+        self.spec = SimpleNamespace(width=96, height=96)  # not the renderer's own size
         _, scene = heldout_prompts(1, seed=0)[0]
-        self.frames = np.array(mx.round((render(mx.array(encode_scenes([scene])))[0] + 1) * 127.5).astype(mx.uint8))
+        clip = render(mx.array(encode_scenes([scene])), height=96, width=96)[0]
+        self.frames = np.array(mx.round((clip + 1) * 127.5).astype(mx.uint8))
 
     def __call__(self, prompt, **options):
         self.calls.append((prompt, options))

@@ -144,7 +144,8 @@ def _missing_message(folder: Path, layout: Layout, missing: list[str]) -> str:
             if not identity.runs and identity.component != "unknown":
                 strangers.append(f"{file.name} is {identity.model}")
     hint = f" (but {'; '.join(strangers)})" if strangers else ""
-    return f"{folder}: incomplete {layout.name} checkpoint, missing: {', '.join(missing)}{hint}; get the rest and try again"
+    what = f"{folder}: incomplete {layout.name} checkpoint, missing: {', '.join(missing)}{hint}"
+    return f"{what}; get the rest and try again"
 
 
 def _read_folder(folder: Path) -> Checkpoint:
