@@ -12,8 +12,9 @@ _GELU_SLOPE, _GELU_CUBIC = math.sqrt(2 / math.pi), 0.044715
 def quick_tanh(x: mx.array) -> mx.array:
     """tanh by multiplication and division alone, good to 2e-7, for float32.
 
-    MLX's CPU backend computes tanh one value at a time, which makes a GELU about four times slower. Lambert's continued fraction is
-    exact enough up to |x| = 2.3; tanh 2a = 2 tanh a / (1 + tanh² a) takes it, twice, to where tanh is 1.
+    MLX's CPU backend computes tanh one value at a time, which makes a GELU about four times slower. Lambert's
+    continued fraction is exact enough up to |x| = 2.3; tanh 2a = 2 tanh a / (1 + tanh² a) takes it, twice, to where
+    tanh is 1.
     """
     a = mx.clip(x, -9.02, 9.02) * 0.25
     s = a * a
