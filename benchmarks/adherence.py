@@ -23,6 +23,7 @@ import numpy as np
 from PIL import Image
 
 from mlx_wan.errors import UserError, WanError
+from mlx_wan.pipeline import to_uint8
 from mlx_wan.training.captions import heldout_prompts, names_background
 from mlx_wan.training.judge import judge, summarise
 from mlx_wan.training.scenes import encode_scenes, render
@@ -118,11 +119,6 @@ def _generator(args: argparse.Namespace) -> Generate:
 def first_frame(scene: Scene, height: int, width: int) -> np.ndarray:
     """The first frame of the scene's true clip at a video's size, uint8 (height, width, 3)."""
     return to_uint8(render(mx.array(encode_scenes([scene])), 1, height, width)[0, 0])
-
-
-def to_uint8(video: mx.array) -> np.ndarray:
-    """[-1, 1] to 0-255."""
-    return np.array(mx.clip(mx.round((video + 1.0) * 127.5), 0, 255).astype(mx.uint8))
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:

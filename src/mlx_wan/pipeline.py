@@ -328,14 +328,6 @@ class WanPipeline:
             noise,
         )
 
-    def _steps(self) -> tuple[int, int]:
-        """What width and height must be multiples of."""
-        (_, stride_h, stride_w), (_, patch_h, patch_w) = (
-            self.checkpoint.vae_config.stride,
-            self.checkpoint.transformer_config.patch_size,
-        )
-        return stride_w * patch_w, stride_h * patch_h
-
     def _size(self, width: int | None, height: int | None, picture: "Image.Image | None") -> tuple[int, int]:
         if (width is None) != (height is None):
             raise UserError("give both width and height, or neither")
@@ -346,10 +338,10 @@ class WanPipeline:
         from mlx_wan.conditioning import best_output_size
 
         area = self.spec.width * self.spec.height
-        return best_output_size(picture.width, picture.height, *self._steps(), area)
+        return best_output_size(picture.width, picture.height, *self.checkpoint.size_steps, area)
 
     def _latent_shape(self, width: int, height: int, num_frames: int) -> tuple[int, ...]:
-        step_w, step_h = self._steps()
+        step_w, step_h = self.checkpoint.size_steps
         stride_t, stride_h, stride_w = self.checkpoint.vae_config.stride
         if width <= 0 or height <= 0 or width % step_w or height % step_h:
             raise UserError(f"size {width}x{height}: width must be a multiple of {step_w} and height of {step_h}")

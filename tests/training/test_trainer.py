@@ -255,7 +255,7 @@ def test_a_compute_dtype_leaves_the_masters_float32(tmp_path):
 
 def test_gradients_reach_float32_weights_through_the_cast():
     model = Toy()
-    cast = in_compute_dtype(model, loss, mx.bfloat16, ())
+    cast = in_compute_dtype(loss, mx.bfloat16, ())
     (value, _), grads = nn.value_and_grad(model, cast)(model, batch_at(0), mx.random.key(0))
     (exact, _), exact_grads = nn.value_and_grad(model, loss)(model, batch_at(0), mx.random.key(0))
     assert value.item() == pytest.approx(exact.item(), rel=0.03)

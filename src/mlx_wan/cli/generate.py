@@ -184,8 +184,7 @@ def _options(args: argparse.Namespace, checkpoint: "Checkpoint", image: Any) -> 
 def _size(args: argparse.Namespace, checkpoint: "Checkpoint", image: Any) -> tuple[int, int]:
     spec = checkpoint.spec
     width, height = (spec.width, spec.height) if args.size is None else _parse_size(args.size)
-    step_w = spec.vae_stride[2] * checkpoint.transformer_config.patch_size[2]
-    step_h = spec.vae_stride[1] * checkpoint.transformer_config.patch_size[1]
+    step_w, step_h = checkpoint.size_steps
     if spec.sizes and (width, height) not in spec.sizes:
         trained = " and ".join(f"{w}*{h}" for w, h in spec.sizes)
         _note(f"the model was trained for {trained}; {width}*{height} may look worse")

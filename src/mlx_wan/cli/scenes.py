@@ -65,13 +65,13 @@ def check(args: argparse.Namespace) -> None:
 def draw(params: "np.ndarray", size: int) -> "Iterator[np.ndarray]":
     """One clip at a time, uint8 (T, size, size, 3), of scene parameters (B, objects, NUM_PARAMS)."""
     import mlx.core as mx
-    import numpy as np
 
+    from mlx_wan.pipeline import to_uint8
     from mlx_wan.training.scenes import render
 
     for row in params:
         video = render(mx.array(row[None]), height=size, width=size)[0]
-        yield np.array(mx.round((video + 1) * 127.5).astype(mx.uint8))
+        yield to_uint8(video)
 
 
 def write_video(path: Path, clips: "Iterator[np.ndarray]") -> None:

@@ -16,7 +16,6 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten
 from tokenizers import Tokenizer
 
 from mlx_wan.errors import CheckpointError, UserError, WanError
@@ -30,7 +29,7 @@ from mlx_wan.training.objective import autoencoder_loss, flow_loss, psnr, sample
 from mlx_wan.training.recipe import AutoencoderRecipe, Clips, TransformerRecipe
 from mlx_wan.training.scenes import crop, render, sample_batch
 from mlx_wan.training.trainer import Batch, Trainer
-from mlx_wan.weights.save import save_native
+from mlx_wan.weights.save import module_tensors, replacing, save_native, write_safetensors
 
 PAD, EOS = 0, 1
 
@@ -120,18 +119,13 @@ def latent_statistics(
 
 def save_autoencoder(vae: WanVAE22, folder: Path) -> None:
     """vae.safetensors and vae.json, its configuration; the second is written last. WanError if that fails."""
-    partial, config = folder / ".vae.partial.safetensors", folder / ".vae.json.partial"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        mx.save_safetensors(str(partial), dict(tree_flatten(vae.parameters())))  # type: ignore[arg-type]
-        partial.replace(folder / "vae.safetensors")
-        config.write_text(json.dumps(asdict(vae.config), indent=2) + "\n")
-        config.replace(folder / "vae.json")
-    except (OSError, RuntimeError) as error:
+        write_safetensors(folder / "vae.safetensors", module_tensors(vae), {})
+        with replacing(folder / "vae.json") as config:
+            config.write_text(json.dumps(asdict(vae.config), indent=2) + "\n")
+    except (OSError, WanError) as error:
         raise WanError(f"{folder}: the autoencoder cannot be written: {error}; make room, then use --resume") from None
-    finally:
-        partial.unlink(missing_ok=True)
-        config.unlink(missing_ok=True)
 
 
 def load_autoencoder(folder: Path) -> WanVAE22:

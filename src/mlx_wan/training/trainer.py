@@ -113,7 +113,7 @@ def _is_hidden_matrix(name: str, weight: mx.array) -> bool:
     return inside and weight.ndim >= 2 and "embedding" not in name and "modulation" not in name
 
 
-def in_compute_dtype(model: nn.Module, loss: Loss, dtype: mx.Dtype, float32: tuple[str, ...]) -> Loss:
+def in_compute_dtype(loss: Loss, dtype: mx.Dtype, float32: tuple[str, ...]) -> Loss:
     """`loss` with the model's weights cast to `dtype` meanwhile, except those whose name has a part of `float32`.
 
     The casts are part of the graph, so gradients reach the float32 weights as float32.
@@ -199,10 +199,18 @@ class Trainer:
         self.optimizer.init(model.trainable_parameters())
         self.ema = {"weights": tree_map(lambda a: a + 0, model.trainable_parameters())}
         self.step = 0
-        self._value_and_grad = nn.value_and_grad(model, in_compute_dtype(model, loss, config.dtype, float32))
-        arrays = [model.state, self.optimizer.state, self.ema]
-        mx.eval(arrays)
-        self._update = partial(mx.compile, inputs=arrays, outputs=arrays)(self._step) if config.compile else self._step
+        self._value_and_grad = nn.value_and_grad(model, in_compute_dtype(loss, config.dtype, float32))
+        mx.eval(self._arrays())
+        self._update = self._compiled_step()
+
+    def _arrays(self) -> list[Any]:
+        return [self.model.state, self.optimizer.state, self.ema]
+
+    def _compiled_step(self) -> Callable[[Batch, mx.array], dict[str, mx.array]]:
+        if not self.config.compile:
+            return self._step
+        arrays = self._arrays()
+        return partial(mx.compile, inputs=arrays, outputs=arrays)(self._step)
 
     def _step(self, batch: Batch, key: mx.array) -> dict[str, mx.array]:
         (loss, parts), grads = self._value_and_grad(self.model, batch, key)
@@ -241,9 +249,7 @@ class Trainer:
         self.optimizer.state = state["optimizer"]
         self.ema["weights"] = state["ema"]
         # The compiled step holds on to the trees it was made with: make it again over the loaded ones.
-        arrays = [self.model.state, self.optimizer.state, self.ema]
-        if self.config.compile:
-            self._update = partial(mx.compile, inputs=arrays, outputs=arrays)(self._step)
+        self._update = self._compiled_step()
         return True
 
     def _agree_on_step(self) -> None:
@@ -280,7 +286,7 @@ class Trainer:
                 index = self.step * self.world.size() + self.world.rank()
                 numbers = self._update(batch_at(index), mx.random.key(config.seed * 1_000_003 + index))
                 stop, stop_before = self._share(signals.asked), stop
-                mx.async_eval(numbers, self.model.state, self.optimizer.state, self.ema, stop)
+                mx.async_eval(numbers, self._arrays(), stop)
                 self.step += 1
                 if self._due(config.report_every):
                     row = self._finite(numbers)

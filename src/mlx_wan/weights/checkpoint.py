@@ -106,3 +106,9 @@ class Checkpoint:
     text_encoder_config: TextEncoderConfig
     vae_config: VAEConfig
     quantization: Quantization | None = None
+
+    @property
+    def size_steps(self) -> tuple[int, int]:
+        """What a video's width and height must be multiples of: VAE stride times patch."""
+        (_, stride_h, stride_w), (_, patch_h, patch_w) = self.vae_config.stride, self.transformer_config.patch_size
+        return stride_w * patch_w, stride_h * patch_h
