@@ -47,14 +47,13 @@ def channels_last(tensor):
 
 
 def names(wan):
-    """Every official parameter name and shape: of the small models and of the released ones."""
+    """Every official parameter name and shape of `small.MODELS`."""
 
     def shapes(module):
         return {name: list(p.shape) for name, p in module.named_parameters()}
 
     table = {
-        size: {part: shapes(module) for part, module in official.build(wan, size).items()}
-        for size in ("small", "ti2v-5B")
+        model: {part: shapes(module) for part, module in official.build(wan, model).items()} for model in small.MODELS
     }
     path = GOLDEN / "names.json"
     path.write_text(json.dumps(table, separators=(",", ":")) + "\n")
@@ -108,18 +107,29 @@ def transformer(wan):
     save("transformer", out)
 
 
-def vae(wan):
+def _vae(wan, model, stride, channels):
     """Encode and decode of a 13-frame clip and of one frame, neither square."""
-    model = official.small_vae(wan)
+    model = official.small_vae(wan, model)
     mean, inverse_std = model.scale
     out = {"latents_mean": mean.numpy(), "latents_std": (1 / inverse_std).numpy()}
     for case, (frames, height, width) in {"clip": (13, 32, 48), "frame": (1, 64, 32)}.items():
         video = small.video(f"vae/{case}", frames, height, width)
-        latents = small.random(f"vae/{case}/latents", ((frames + 3) // 4, height // 16, width // 16, 48))[None]
+        shape = ((frames + 3) // 4, height // stride, width // stride, channels)
+        latents = small.random(f"vae/{case}/latents", shape)[None]
         with torch.no_grad():
             out[f"{case}/encoded"] = channels_last(model.encode([channels_first(video)])[0])
             out[f"{case}/decoded"] = channels_last(model.decode([channels_first(latents)])[0])
-    save("vae", out)
+    return out
+
+
+def vae(wan):
+    """The Wan2.2 autoencoder."""
+    save("vae", _vae(wan, "small", 16, 48))
+
+
+def vae21(wan):
+    """The Wan2.1 autoencoder."""
+    save("vae21", _vae(wan, "small-t2v-A14B", 8, 16))
 
 
 def schedulers(wan):
@@ -146,13 +156,28 @@ def runs(wan):
     out = {}
     for task in ("t2v", "i2v"):
         for solver in ("unipc", "dpm++"):
-            result = official.run(wan, task, solver, GOLDEN / "tokenizer.json")
+            result = official.run(wan, "small", task, solver, GOLDEN / "tokenizer.json")
             key = f"{task}/{solver}"
             out[f"{key}/latents"] = np.concatenate([channels_last(x) for x in result.latents])  # after each step
             out[f"{key}/frames"] = channels_last(result.video)[0][:, ::4, ::4]  # every fourth pixel
             out[f"{task}/noise"] = channels_last(result.noise)
             out[f"{key}/context"], out[f"{key}/context_null"] = (c.numpy() for c in result.contexts)
     save("runs", out)
+
+
+def expert_runs(wan):
+    """WanT2V and WanI2V of the A14B models: six steps that cross the boundary, guidance of its own on either side."""
+    out = {}
+    for model in small.EXPERT_RUNS:
+        task = model.split("-")[0]
+        for solver in ("unipc", "dpm++"):
+            result = official.run(wan, f"small-{model}", task, solver, GOLDEN / "tokenizer.json")
+            key = f"{model}/{solver}"
+            out[f"{key}/latents"] = np.concatenate([channels_last(x) for x in result.latents])  # after each step
+            out[f"{key}/experts"] = np.array(result.experts)  # 0 high noise, 1 low noise
+            out[f"{key}/frames"] = channels_last(result.video)[0][:, ::4, ::4]  # every fourth pixel
+            out[f"{model}/noise"] = channels_last(result.noise)
+    save("expert_runs", out)
 
 
 def gradients(wan):
@@ -218,7 +243,10 @@ def at_scale(wan, path):
     np.savez_compressed(path, **out)
 
 
-GOLDENS = {f.__name__: f for f in (names, tokens, text_encoder, transformer, vae, schedulers, runs, gradients)}
+GOLDENS = {
+    f.__name__: f
+    for f in (names, tokens, text_encoder, transformer, vae, vae21, schedulers, runs, expert_runs, gradients)
+}
 
 
 def main():

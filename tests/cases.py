@@ -18,6 +18,7 @@ from PIL import Image
 from mlx_wan.conditioning import best_output_size, image_to_frame
 from mlx_wan.models.transformer import TransformerConfig, WanTransformer
 from mlx_wan.models.umt5 import TextEncoderConfig, UMT5Encoder
+from mlx_wan.models.vae21 import VAE21Config, WanVAE21
 from mlx_wan.models.vae22 import FeatureCache, VAEConfig, WanVAE22
 from mlx_wan.sampling import denoise
 from mlx_wan.schedulers import make_scheduler
@@ -34,9 +35,9 @@ def golden(name: str) -> dict[str, np.ndarray]:
         return dict(arrays)
 
 
-def official_names(size: str, part: str) -> dict[str, list[int]]:
-    """Parameter name -> shape in the official checkpoint; size "small" or "ti2v-5B"."""
-    return json.loads((GOLDEN / "names.json").read_text())[size][part]
+def official_names(model: str, part: str) -> dict[str, list[int]]:
+    """Parameter name -> shape in the official checkpoint of one of `small.MODELS`."""
+    return json.loads((GOLDEN / "names.json").read_text())[model][part]
 
 
 def relative_error(got: np.ndarray, want: np.ndarray) -> float:
@@ -53,10 +54,10 @@ def native(name: str, array: np.ndarray) -> np.ndarray:
     return np.moveaxis(array, 1, -1) if array.ndim > 3 else array
 
 
-def load_small(part: str) -> nn.Module:
+def load_small(part: str, model: str = "small") -> nn.Module:
     """A module with the weights of `small`; fails unless it has exactly the official names and shapes."""
-    module = build(part, small.SMALL[part])
-    shapes = official_names("small", part)
+    module = build(part, small.MODELS[model][part])
+    shapes = official_names(model, part)
     weights = [(name, native(name, small.weight(part, name, tuple(shape)))) for name, shape in shapes.items()]
     module.load_weights([(name, mx.array(w)) for name, w in weights], strict=True)
     return module
@@ -64,12 +65,15 @@ def load_small(part: str) -> nn.Module:
 
 def build(part: str, dimensions: dict) -> nn.Module:
     """A module without its weights; the VAE's latents are normalised as the released one's."""
-    if part == "transformer":
+    if part.startswith("transformer"):
         return WanTransformer(TransformerConfig(**dimensions))
     if part == "text_encoder":
         return UMT5Encoder(TextEncoderConfig(**dimensions))
-    mean, std = (tuple(golden("vae")[f"latents_{k}"].tolist()) for k in ("mean", "std"))
-    return WanVAE22(VAEConfig(**dimensions, latents_mean=mean, latents_std=std))
+    stored = golden("vae" if "dec_dim" in dimensions else "vae21")
+    mean, std = (tuple(stored[f"latents_{k}"].tolist()) for k in ("mean", "std"))
+    if "dec_dim" in dimensions:
+        return WanVAE22(VAEConfig(**dimensions, latents_mean=mean, latents_std=std))
+    return WanVAE21(VAE21Config(**dimensions, latents_mean=mean, latents_std=std))
 
 
 def text_encoder() -> Iterator[Pair]:
@@ -97,8 +101,9 @@ def transformer() -> Iterator[Pair]:
         yield f"{case} timesteps", np.array(model(latents, mx.array(stored[f"{case}/timesteps"]), context)), want
 
 
-def vae() -> Iterator[Pair]:
-    stored, model = golden("vae"), load_small("vae")
+def vae(kind: str = "vae") -> Iterator[Pair]:
+    """Of the Wan2.2 autoencoder, or "vae21", Wan2.1's."""
+    stored, model = golden(kind), load_small("vae", "small" if kind == "vae" else "small-t2v-A14B")
     for case, (frames, height, width) in {"clip": (13, 32, 48), "frame": (1, 64, 32)}.items():
         clip = small.video(f"vae/{case}", frames, height, width)
         yield f"encode {case}", np.array(model.encode(mx.array(clip))), stored[f"{case}/encoded"]

@@ -43,6 +43,16 @@ VAE = {
     "temporal_downsample": (False, True, True),
 }
 SMALL = {"transformer": TRANSFORMER, "text_encoder": TEXT_ENCODER, "vae": VAE}
+# The Wan2.1 kind, which A14B models use too.
+VAE21 = {
+    "dim": 8,
+    "z_dim": 16,
+    "dim_mult": (1, 2, 4, 4),
+    "num_res_blocks": 2,
+    "temporal_downsample": (False, True, True),
+}
+T2V = TRANSFORMER | {"model_type": "t2v", "in_dim": 16, "out_dim": 16}
+I2V = T2V | {"model_type": "i2v", "in_dim": 36}  # latents, 4 channels of mask, latents of the picture
 
 # TI2V-5B: its config.json, wan/configs/wan_ti2v_5B.py, and the defaults in t5.py and vae2_2.py.
 RELEASED = {
@@ -50,6 +60,18 @@ RELEASED = {
     "text_encoder": TEXT_ENCODER
     | {"vocab_size": 256384, "dim": 4096, "dim_attn": 4096, "dim_ffn": 10240, "num_heads": 64, "num_layers": 24},
     "vae": VAE | {"dim": 160, "dec_dim": 256},
+}
+_14B = {"dim": 5120, "ffn_dim": 13824, "num_heads": 40, "num_layers": 40, "text_dim": 4096}
+
+# Every model whose parameters' names are in golden/names.json: component -> dimensions.
+MODELS = {
+    "small": SMALL,
+    "small-t2v-A14B": {"transformer": T2V, "transformer_2": T2V, "text_encoder": TEXT_ENCODER, "vae": VAE21},
+    "small-i2v-A14B": {"transformer": I2V, "transformer_2": I2V, "text_encoder": TEXT_ENCODER, "vae": VAE21},
+    "ti2v-5B": RELEASED,
+    # One expert each; wan/configs/wan_*_A14B.py. The text encoder is TI2V-5B's.
+    "t2v-A14B": {"transformer": T2V | _14B, "vae": VAE21 | {"dim": 96}},
+    "i2v-A14B": {"transformer": I2V | _14B},
 }
 
 
@@ -82,6 +104,25 @@ RUN = {
     "num_inference_steps": 6,
     "guidance_scale": 5.0,
     "shift": 5.0,
+}
+# Guidance is (low noise, high noise); the schedules cross the boundary after four and after three steps.
+EXPERT_RUNS = {
+    "t2v-A14B": {
+        "width": 64,
+        "height": 48,
+        "num_frames": 9,
+        "num_inference_steps": 6,
+        "guidance_scale": (3.0, 4.0),
+        "shift": 12.0,
+    },
+    "i2v-A14B": {
+        "width": 64,
+        "height": 48,
+        "num_frames": 9,
+        "num_inference_steps": 6,
+        "guidance_scale": (2.5, 3.5),
+        "shift": 5.0,
+    },
 }
 RUN_PROMPT = "Two small cats &amp; a red ring,  slowly turning"
 I2V_NEGATIVE_PROMPT = "blurry"
