@@ -132,6 +132,17 @@ def vae21(wan):
     save("vae21", _vae(wan, "small-t2v-A14B", 8, 16))
 
 
+# From small.picture(), 100x70: to less, to more, and to another shape. Some pixels of each are stored.
+STRETCHED = ((64, 32), (112, 80), (48, 96))
+
+
+def pictures(_):
+    """A picture stretched as image2video.py does it."""
+    picture = official.to_tensor(small.picture()).sub_(0.5).div_(0.5)[None]
+    sizes = {f"{w}x{h}": torch.nn.functional.interpolate(picture, size=(h, w), mode="bicubic") for w, h in STRETCHED}
+    save("pictures", {name: frame[0].permute(1, 2, 0).numpy()[::3, ::2] for name, frame in sizes.items()})
+
+
 def schedulers(wan):
     """Every intermediate latent of runs with a fixed function in the model's place."""
     out = {}
@@ -177,6 +188,13 @@ def expert_runs(wan):
             out[f"{key}/experts"] = np.array(result.experts)  # 0 high noise, 1 low noise
             out[f"{key}/frames"] = channels_last(result.video)[0][:, ::4, ::4]  # every fourth pixel
             out[f"{model}/noise"] = channels_last(result.noise)
+        network = official.small_models(wan, f"small-{model}")["transformer_2"]
+        latents, channels = (small.random(f"{model}/{k}", (1, 3, 4, 6, n)) for k, n in (("latents", 16), ("y", 20)))
+        picture = {"y": [channels_first(channels)]} if task == "i2v" else {}
+        context = [torch.from_numpy(small.random(f"{model}/context", (11, 64)))]
+        with torch.no_grad():
+            (result,) = network([channels_first(latents)], torch.tensor([875.0]), context, 18, **picture)
+        out[f"{model}/velocity"] = channels_last(result)
     save("expert_runs", out)
 
 
@@ -245,7 +263,7 @@ def at_scale(wan, path):
 
 GOLDENS = {
     f.__name__: f
-    for f in (names, tokens, text_encoder, transformer, vae, vae21, schedulers, runs, expert_runs, gradients)
+    for f in (names, tokens, text_encoder, transformer, vae, vae21, pictures, schedulers, runs, expert_runs, gradients)
 }
 
 

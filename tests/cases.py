@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,12 +16,13 @@ import small
 from mlx.utils import tree_flatten
 from PIL import Image
 
-from mlx_wan.conditioning import best_output_size, image_to_frame
+from mlx_wan.conditioning import area_size, best_output_size, image_to_frame
 from mlx_wan.models.transformer import TransformerConfig, WanTransformer
 from mlx_wan.models.umt5 import TextEncoderConfig, UMT5Encoder
 from mlx_wan.models.vae21 import VAE21Config, WanVAE21
 from mlx_wan.models.vae22 import FeatureCache, VAEConfig, WanVAE22
-from mlx_wan.sampling import denoise
+from mlx_wan.pipeline import WanPipeline
+from mlx_wan.sampling import Condition, Expert, denoise
 from mlx_wan.schedulers import make_scheduler
 from mlx_wan.text import Tokenizer, clean_prompt
 from mlx_wan.zoo import NEGATIVE_PROMPT
@@ -101,6 +103,19 @@ def transformer() -> Iterator[Pair]:
         yield f"{case} timesteps", np.array(model(latents, mx.array(stored[f"{case}/timesteps"]), context)), want
 
 
+def experts() -> Iterator[Pair]:
+    """A call of each small model's low-noise expert, that for pictures with the channels they add."""
+    for kind in small.EXPERT_RUNS:
+        latents, picture = (
+            mx.array(small.random(f"{kind}/{k}", (1, 3, 4, 6, n))) for k, n in (("latents", 16), ("y", 20))
+        )
+        inputs = mx.concatenate([latents, picture], axis=-1) if kind.startswith("i2v") else latents
+        context = np.zeros((1, small.T2V["text_len"], 64), np.float32)
+        context[0, :11] = small.random(f"{kind}/context", (11, 64))
+        got = load_small("transformer_2", f"small-{kind}")(inputs, mx.array([875.0]), mx.array(context))
+        yield f"{kind} expert", np.array(got), golden("expert_runs")[f"{kind}/velocity"]
+
+
 def vae(kind: str = "vae") -> Iterator[Pair]:
     """Of the Wan2.2 autoencoder, or "vae21", Wan2.1's."""
     stored, model = golden(kind), load_small("vae", "small" if kind == "vae" else "small-t2v-A14B")
@@ -150,18 +165,38 @@ def run(task: str, solver: str) -> Iterator[Pair]:
         area = settings["width"] * settings["height"]
         width, height = best_output_size(*picture.size, 32, 32, area)
         first = vae.encode(mx.array(image_to_frame(picture, width, height)))
+    expert = Expert(load_small("transformer"), settings["guidance_scale"])
     steps = denoise(
-        load_small("transformer"),
+        lambda _: expert,
         make_scheduler(solver, settings["num_inference_steps"], settings["shift"]),
         mx.array(stored[f"{task}/noise"]),
         *contexts,
-        settings["guidance_scale"],
-        first,
+        Condition(first_frame=first),
     )
     latents = None
     for i, (latents, want) in enumerate(zip(steps, stored[f"{task}/{solver}/latents"], strict=True)):
         yield f"latents after step {i + 1}", np.array(latents)[0], want
     yield "frames", np.array(vae.decode(latents))[0, :, ::4, ::4], stored[f"{task}/{solver}/frames"]
+
+
+def expert_settings(kind: str) -> dict[str, Any]:
+    """The pipeline's arguments for a stored run of two experts."""
+    settings = dict(small.EXPERT_RUNS[kind])
+    if kind.startswith("i2v"):
+        picture = Image.fromarray(small.picture())
+        width, height = area_size(*picture.size, 16, 16, settings["width"] * settings["height"])
+        settings |= {"image": picture, "width": width, "height": height, "negative_prompt": small.I2V_NEGATIVE_PROMPT}
+    return settings | {"prompt": small.RUN_PROMPT, "latents": golden("expert_runs")[f"{kind}/noise"]}
+
+
+def expert_run(pipe: WanPipeline, kind: str, solver: str) -> Iterator[Pair]:
+    """A whole run of a pipeline with two experts; the frames as whole numbers."""
+    stored, latents = golden("expert_runs"), []
+    out = pipe(scheduler=solver, callback=lambda *step: latents.append(np.array(step[2])[0]), **expert_settings(kind))
+    for i, (got, want) in enumerate(zip(latents, stored[f"{kind}/{solver}/latents"], strict=True)):
+        yield f"latents after step {i + 1}", got, want
+    assert out.frames is not None
+    yield "frames", out.frames[:, ::4, ::4], np.round((stored[f"{kind}/{solver}/frames"] + 1) * 127.5)
 
 
 def official_layout(name: str, array: np.ndarray) -> np.ndarray:

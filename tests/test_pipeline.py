@@ -11,6 +11,7 @@ import small
 from PIL import Image
 
 import mlx_wan
+from mlx_wan import pipeline
 from mlx_wan.errors import UserError, WanError
 
 SMALL = {"width": 64, "height": 32, "num_frames": 5, "num_inference_steps": 2}
@@ -145,25 +146,29 @@ def test_a_video_that_is_not_a_number_is_a_failure(folder):
 # --- memory --------------------------------------------------------------------------------------------------
 
 
+def in_memory(pipe):
+    """The modules a pipeline holds."""
+    parts = {"text_encoder": pipe._text_encoder, "vae": pipe._vae, **pipe._transformers}
+    return {name: module for name, module in parts.items() if module is not None}
+
+
 def test_with_low_memory_one_large_part_is_there_at_a_time(folder):
     pipe = mlx_wan.WanPipeline.from_pretrained(folder, low_memory=True)
     parts, alive = {}, []
     for event in pipe.stream("a cat", **SMALL, seed=0):
-        for name in ("_text_encoder", "_transformer", "_vae"):
-            module = getattr(pipe, name)
-            if module is not None and name not in parts:
-                parts[name] = weakref.ref(module)
+        for name, module in in_memory(pipe).items():
+            parts.setdefault(name, weakref.ref(module))
             del module
         gc.collect()
         alive.append((event.stage, {name for name, part in parts.items() if part() is not None}))
     assert alive == [
-        ("text", {"_text_encoder"}),
-        ("text", {"_text_encoder"}),
-        ("denoise", {"_transformer"}),
-        ("denoise", {"_transformer"}),
+        ("text", {"text_encoder"}),
+        ("text", {"text_encoder"}),
+        ("denoise", {"transformer"}),
+        ("denoise", {"transformer"}),
         ("latents", set()),
-        ("frames", {"_vae"}),
-        ("frames", {"_vae"}),
+        ("frames", {"vae"}),
+        ("frames", {"vae"}),
     ]
 
 
@@ -172,3 +177,75 @@ def test_without_it_the_parts_stay(folder):
     parts = (pipe.text_encoder, pipe.transformer, pipe.vae)
     pipe("a cat", **SMALL, seed=0)
     assert parts == (pipe.text_encoder, pipe.transformer, pipe.vae)
+
+
+# --- two experts ---------------------------------------------------------------------------------------------
+
+CROSSING = {"width": 32, "height": 32, "num_frames": 5, "num_inference_steps": 4, "seed": 0}
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory):
+    return checkpoint.write_official(tmp_path_factory.mktemp("experts") / "Wan2.2", "small-t2v-A14B")
+
+
+def watched(pipe, **options):
+    """(stage, which transformers are anywhere in memory) at each event of a run that crosses the boundary."""
+    parts, seen = {}, []
+    for event in pipe.stream("a cat", **CROSSING, **options):
+        for name, module in pipe._transformers.items():
+            parts.setdefault(name, weakref.ref(module))
+            del module
+        gc.collect()
+        seen.append((event.stage, {name for name, part in parts.items() if part() is not None}))
+    return [names for stage, names in seen if stage == "denoise"], seen[-1][1]
+
+
+def test_one_expert_is_in_memory_at_a_time_and_they_change_places_once(experts, monkeypatch):
+    loads = []
+    load = pipeline.load_transformer
+    monkeypatch.setattr(pipeline, "load_transformer", lambda *args: loads.append(args[2]) or load(*args))
+    pipe = mlx_wan.WanPipeline.from_pretrained(experts, low_memory=False)
+    during, after = watched(pipe)
+    high, low = {"transformer"}, {"transformer_2"}
+    assert during == [high, high, high, low]
+    assert after == low
+    assert loads == ["transformer", "transformer_2"]
+    assert watched(mlx_wan.WanPipeline.from_pretrained(experts, low_memory=True))[1] == set()
+
+
+def test_both_experts_stay_if_asked(experts):
+    pipe = mlx_wan.WanPipeline.from_pretrained(experts, low_memory=False, keep_both_experts=True)
+    during, after = watched(pipe)
+    assert [len(names) for names in during] == [1, 1, 1, 2]
+    assert after == {"transformer", "transformer_2"}
+    assert pipe.transformer is pipe.transformer is not pipe.transformer_2
+    one_at_a_time = mlx_wan.WanPipeline.from_pretrained(experts)
+    options = {**CROSSING, "output_type": "latent"}
+    assert mx.array_equal(pipe("a cat", **options).latents, one_at_a_time("a cat", **options).latents)
+
+
+def test_a_model_with_one_transformer_has_no_second(pipe):
+    assert pipe.transformer_2 is None
+    with pytest.raises(UserError, match=r"a pair .* is for models of two experts"):
+        pipe("a cat", **SMALL, guidance_scale=(3.0, 4.0))
+
+
+def test_one_number_of_guidance_is_for_both_experts(experts):
+    pipe = mlx_wan.WanPipeline.from_pretrained(experts, keep_both_experts=True)
+    options = {**CROSSING, "output_type": "latent"}
+    one, pair, other = (pipe("a cat", **options, guidance_scale=s).latents for s in (2.0, (2.0, 2.0), (3.0, 2.0)))
+    assert mx.array_equal(one, pair)
+    assert not mx.array_equal(one, other)
+    with pytest.raises(UserError, match=r"guidance_scale is \(2\.0, nan\); it must be a number"):
+        pipe("a cat", **options, guidance_scale=(2.0, float("nan")))
+
+
+def test_pictures_where_they_belong(experts, tmp_path):
+    picture = Image.fromarray(small.picture())
+    with pytest.raises(UserError, match="custom takes no picture"):
+        mlx_wan.WanPipeline.from_pretrained(experts)("a cat", **CROSSING, image=picture)
+    pipe = mlx_wan.WanPipeline.from_pretrained(checkpoint.write_official(tmp_path / "i2v", "small-i2v-A14B"))
+    with pytest.raises(UserError, match="custom makes a video of a picture: give an image"):
+        pipe("a cat", **CROSSING)
+    assert pipe._request("a cat", picture, *[None] * 10).width == 1136  # of 100x70 at the area of 1280x720

@@ -60,7 +60,16 @@ def text_encoder_fields(shapes: Shapes) -> dict[str, Any]:
 
 
 def vae_fields(shapes: Shapes) -> dict[str, Any]:
-    """The fields of a VAEConfig but for its statistics. Raises CheckpointError as `transformer_fields`."""
+    """The fields of a VAEConfig, or of a VAE21Config, but for its statistics. Raises as `transformer_fields`."""
+    return _vae22_fields(shapes) if vae_family(shapes) == "Wan2.2" else _vae21_fields(shapes)
+
+
+def vae_family(shapes: Shapes) -> str:
+    """ "Wan2.2", whose stages are lists within a list, or "Wan2.1", where they are one flat list."""
+    return "Wan2.2" if any(name.startswith("encoder.downsamples.0.downsamples.") for name in shapes) else "Wan2.1"
+
+
+def _vae22_fields(shapes: Shapes) -> dict[str, Any]:
     (dim,) = _shape(shapes, "encoder.conv1.bias", 1)
     stages = count(shapes, "encoder.downsamples.")
     last = f"encoder.downsamples.{stages - 1}.downsamples."
@@ -79,6 +88,21 @@ def vae_fields(shapes: Shapes) -> dict[str, Any]:
             f"encoder.downsamples.{i}.downsamples.{num_res_blocks}.time_conv.weight" in shapes
             for i in range(stages - 1)
         ),
+    }
+
+
+def _vae21_fields(shapes: Shapes) -> dict[str, Any]:
+    (dim,) = _shape(shapes, "encoder.conv1.bias", 1)
+    layers = count(shapes, "encoder.downsamples.")
+    # A stage ends with the layer that resamples; the last has none.
+    ends = [i for i in range(layers) if f"encoder.downsamples.{i}.resample.1.weight" in shapes]
+    starts = [0, *(i + 1 for i in ends)]
+    return {
+        "dim": dim,
+        "z_dim": _quotient(shapes, "conv1.bias", 2),
+        "dim_mult": tuple(_quotient(shapes, f"encoder.downsamples.{i}.residual.2.bias", dim) for i in starts),
+        "num_res_blocks": layers - starts[-1],
+        "temporal_downsample": tuple(f"encoder.downsamples.{i}.time_conv.weight" in shapes for i in ends),
     }
 
 
