@@ -9,6 +9,8 @@
 
     git clone https://github.com/Wan-Video/Wan2.2 && git -C Wan2.2 checkout 42bf4cf
     uv run parity/make_goldens.py --official Wan2.2 [--only tokens schedulers ...]
+    git clone https://github.com/Wan-Video/Wan2.1 && git -C Wan2.1 checkout 9737cba
+    uv run parity/make_goldens.py --official Wan2.1
     uv run parity/make_goldens.py --official Wan2.2 --at-scale runs/at_scale.npz
 
 float32 on the CPU. Goldens are written channels last, as this project has them. The last command, for
@@ -47,15 +49,16 @@ def channels_last(tensor):
 
 
 def names(wan):
-    """Every official parameter name and shape of `small.MODELS`."""
+    """Every official parameter name and shape of `small.MODELS`; those of the other repository stay as they are."""
 
     def shapes(module):
         return {name: list(p.shape) for name, p in module.named_parameters()}
 
-    table = {
-        model: {part: shapes(module) for part, module in official.build(wan, model).items()} for model in small.MODELS
-    }
     path = GOLDEN / "names.json"
+    table = json.loads(path.read_text()) if path.is_file() else {}
+    for model in small.MODELS21 if wan.is_21 else small.MODELS.keys() - small.MODELS21.keys():
+        table[model] = {part: shapes(module) for part, module in official.build(wan, model).items()}
+    table = {model: table[model] for model in small.MODELS if model in table}
     path.write_text(json.dumps(table, separators=(",", ":")) + "\n")
     print(f"{path.relative_to(ROOT)}: {path.stat().st_size / 1024:.0f} KiB")
 
@@ -198,6 +201,22 @@ def expert_runs(wan):
     save("expert_runs", out)
 
 
+def runs21(wan):
+    """WanT2V, WanI2V and WanFLF2V of the Wan2.1 repository, UniPC; and what its image encoder makes of a picture."""
+    out = {}
+    for model in small.RUNS21:
+        task = model.split("-")[0]
+        result = official.run(wan, f"small-{model}", task, "unipc", GOLDEN / "tokenizer.json")
+        out[f"{model}/latents"] = np.concatenate([channels_last(x) for x in result.latents])  # after each step
+        out[f"{model}/frames"] = channels_last(result.video)[0][::4, ::4, ::4]  # every fourth frame and pixel
+        out[f"{model}/noise"] = channels_last(result.noise)
+    clip = official.small_clip(wan, official.small_models(wan, "small-i2v-14B")["image_encoder"])
+    picture = official.to_tensor(small.picture()).sub_(0.5).div_(0.5)
+    with torch.no_grad():
+        out["image_tokens"] = clip.visual([picture[:, None]])[:, ::8, ::16].numpy()
+    save("runs21", out)
+
+
 def gradients(wan):
     """Of sum(output * probe) for each network: up to 32 numbers of every parameter's gradient, spread evenly."""
     out = {}
@@ -265,20 +284,22 @@ GOLDENS = {
     f.__name__: f
     for f in (names, tokens, text_encoder, transformer, vae, vae21, pictures, schedulers, runs, expert_runs, gradients)
 }
+GOLDENS21 = {f.__name__: f for f in (names, runs21)}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--official", required=True, help="a clone of the official repository")
-    parser.add_argument("--only", nargs="+", choices=GOLDENS, default=list(GOLDENS))
+    parser.add_argument("--only", nargs="+", choices=GOLDENS | GOLDENS21)
     parser.add_argument("--at-scale", type=Path, metavar="FILE", help="instead: large networks, to this file")
     args = parser.parse_args()
     torch.set_num_threads(2)
     wan = official.load(args.official)
     if args.at_scale:
         return at_scale(wan, args.at_scale)
-    for name in args.only:
-        GOLDENS[name](wan)
+    goldens = GOLDENS21 if wan.is_21 else GOLDENS
+    for name in args.only or goldens:
+        goldens[name](wan)
 
 
 if __name__ == "__main__":

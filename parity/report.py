@@ -34,6 +34,7 @@ def groups():
     for kind, name in {"vae": "VAE", "vae21": "Wan2.1 VAE"}.items():
         for label, got, want in cases.vae(kind):
             yield f"{name}, {label}", [(label, got, want)]
+    yield "Wan2.1 image encoder", list(cases.image_encoder())
     for name in SCHEDULERS:
         runs = [run for run in cases.scheduler_runs() if run.startswith(f"{name}/")]
         yield f"{name}, every step of {len(runs)} runs", [p for run in runs for p in list(cases.scheduler(run))[2:]]
@@ -48,6 +49,11 @@ def groups():
             for solver in ("unipc", "dpm++"):
                 *_, latents, _ = cases.expert_run(pipe, kind, solver)
                 yield f"{kind}, {solver}, six guided steps over two experts: final latents", [latents]
+    for kind, settings in small.RUNS21.items():
+        with tempfile.TemporaryDirectory() as folder:
+            pipe = WanPipeline.from_pretrained(checkpoint.write_official(Path(folder), f"small-{kind}"), mx.float32)
+            *_, latents, _ = cases.run21(pipe, kind)
+            yield f"Wan2.1 {kind}, unipc, {settings['num_inference_steps']} guided steps: final latents", [latents]
     for case in cases.LOSSES:
         pairs = list(cases.gradients(case))
         got, want = (np.concatenate([pair[i] for pair in pairs]) for i in (1, 2))

@@ -16,7 +16,8 @@ import small
 from mlx.utils import tree_flatten
 from PIL import Image
 
-from mlx_wan.conditioning import area_size, best_output_size, image_to_frame
+from mlx_wan.conditioning import area_size, best_output_size, image_to_frame, stretched_frame
+from mlx_wan.models.clip import ImageEncoder, ImageEncoderConfig
 from mlx_wan.models.transformer import TransformerConfig, WanTransformer
 from mlx_wan.models.umt5 import TextEncoderConfig, UMT5Encoder
 from mlx_wan.models.vae21 import VAE21Config, WanVAE21
@@ -71,6 +72,8 @@ def build(part: str, dimensions: dict) -> nn.Module:
         return WanTransformer(TransformerConfig(**dimensions))
     if part == "text_encoder":
         return UMT5Encoder(TextEncoderConfig(**dimensions))
+    if part == "image_encoder":
+        return ImageEncoder(ImageEncoderConfig(**dimensions))
     stored = golden("vae" if "dec_dim" in dimensions else "vae21")
     mean, std = (tuple(stored[f"latents_{k}"].tolist()) for k in ("mean", "std"))
     if "dec_dim" in dimensions:
@@ -114,6 +117,14 @@ def experts() -> Iterator[Pair]:
         context[0, :11] = small.random(f"{kind}/context", (11, 64))
         got = load_small("transformer_2", f"small-{kind}")(inputs, mx.array([875.0]), mx.array(context))
         yield f"{kind} expert", np.array(got), golden("expert_runs")[f"{kind}/velocity"]
+
+
+def image_encoder() -> Iterator[Pair]:
+    """A picture's tokens, some of their numbers."""
+    model = load_small("image_encoder", "small-i2v-14B")
+    square = stretched_frame(Image.fromarray(small.picture()), 224, 224)[0]
+    got = np.array(model(mx.array(square)))
+    yield f"{got.shape[1]} tokens of a picture", got[:, ::8, ::16], golden("runs21")["image_tokens"]
 
 
 def vae(kind: str = "vae") -> Iterator[Pair]:
@@ -197,6 +208,25 @@ def expert_run(pipe: WanPipeline, kind: str, solver: str) -> Iterator[Pair]:
         yield f"latents after step {i + 1}", got, want
     assert out.frames is not None
     yield "frames", out.frames[:, ::4, ::4], np.round((stored[f"{kind}/{solver}/frames"] + 1) * 127.5)
+
+
+def run21(pipe: WanPipeline, kind: str) -> Iterator[Pair]:
+    """A whole run of a pipeline of the Wan2.1 kind; the frames as whole numbers."""
+    stored, settings, latents = golden("runs21"), dict(small.RUNS21[kind]), []
+    if kind.startswith("i2v"):
+        settings |= {"image": Image.fromarray(small.picture())}
+    elif kind.startswith("flf2v"):
+        images = (Image.fromarray(small.picture(name=name)) for name in ("picture", "last"))
+        settings |= dict(zip(("image", "last_image"), images, strict=True))
+    if "image" in settings:
+        width, height = area_size(*settings["image"].size, 16, 16, settings["width"] * settings["height"])
+        settings |= {"width": width, "height": height, "negative_prompt": small.I2V_NEGATIVE_PROMPT}
+    note = lambda *step: latents.append(np.array(step[2])[0])  # noqa: E731
+    out = pipe(small.RUN_PROMPT, latents=stored[f"{kind}/noise"], callback=note, **settings)
+    for i, (got, want) in enumerate(zip(latents, stored[f"{kind}/latents"], strict=True)):
+        yield f"latents after step {i + 1}", got, want
+    assert out.frames is not None
+    yield "frames", out.frames[::4, ::4, ::4], np.round((stored[f"{kind}/frames"] + 1) * 127.5)
 
 
 def official_layout(name: str, array: np.ndarray) -> np.ndarray:

@@ -4,7 +4,14 @@ import pytest
 import small
 from PIL import Image
 
-from mlx_wan.conditioning import area_size, best_output_size, image_to_frame, known_frames, stretched_frame
+from mlx_wan.conditioning import (
+    area_size,
+    best_output_size,
+    cropped,
+    image_to_frame,
+    known_frames,
+    stretched_frame,
+)
 from mlx_wan.errors import UserError
 
 
@@ -92,7 +99,7 @@ def test_a_sliver_is_refused_there_too():
 @pytest.mark.parametrize("size", cases.golden("pictures"))
 def test_stretching_is_that_of_the_official_code(size):
     width, height = map(int, size.split("x"))
-    frame = stretched_frame(Image.fromarray(small.picture()), width, height, step=10**6)
+    frame = stretched_frame(Image.fromarray(small.picture()), width, height)
     assert (frame.shape, frame.dtype) == ((1, 1, height, width, 3), np.float32)
     assert cases.relative_error(frame[0, 0, ::3, ::2], cases.golden("pictures")[size]) < 1e-6
 
@@ -100,10 +107,16 @@ def test_stretching_is_that_of_the_official_code(size):
 def test_only_a_picture_of_another_shape_is_cropped():
     picture = Image.fromarray(small.picture())  # 100x70
     for width, height in ((64, 32), (64, 48), (80, 48)):  # what rounding to steps of 16 makes of its shape
-        stretched = stretched_frame(picture, width, height, step=10**6)
-        np.testing.assert_array_equal(stretched_frame(picture, width, height, 16), stretched)
-    cropped = stretched_frame(picture.crop((32, 0, 67, 70)), 48, 96, step=16)
-    np.testing.assert_array_equal(stretched_frame(picture, 48, 96, 16), cropped)
+        assert cropped(picture, width, height, 16) is picture
+    part = cropped(picture, 48, 96, 16)
+    np.testing.assert_array_equal(part, picture.crop((32, 0, 67, 70)))
+
+
+def test_the_official_rule_never_crops():
+    for width in range(40, 2000, 97):
+        for height in range(40, 2000, 101):
+            picture = Image.new("L", (width, height))
+            assert cropped(picture, *area_size(width, height, 16, 16, 480 * 832), 16) is picture
 
 
 def test_frames_that_are_known_and_a_mask_of_them():

@@ -90,3 +90,18 @@ def test_the_bound_tells_the_guidances_apart(experts):
     assert (
         cases.relative_error(np.array(out.latents)[0], cases.golden("expert_runs")[f"{kind}/unipc/latents"][-1]) > 1e-2
     )
+
+
+# --- Wan2.1 ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", small.RUNS21)
+def test_a_run_of_the_wan21_kind(kind, tmp_path):
+    pipe = mlx_wan.WanPipeline.from_pretrained(checkpoint.write_official(tmp_path / "Wan2.1", f"small-{kind}"))
+    *latents, (_, frames, wanted) = cases.run21(pipe, kind)
+    errors = [cases.relative_error(got, want) for _, got, want in latents]
+    assert len(errors) == small.RUNS21[kind]["num_inference_steps"]
+    assert max(errors) < 1e-4, errors
+    off = np.abs(frames - wanted)
+    assert off.max() <= 1
+    assert np.mean(off > 0) < 1e-3

@@ -249,3 +249,56 @@ def test_pictures_where_they_belong(experts, tmp_path):
     with pytest.raises(UserError, match="custom makes a video of a picture: give an image"):
         pipe("a cat", **CROSSING)
     assert pipe._request("a cat", picture, *[None] * 10).width == 1136  # of 100x70 at the area of 1280x720
+    with pytest.raises(UserError, match="num_frames is 1; a first and a last frame need more"):
+        pipe("a cat", picture, last_image=picture, num_frames=1)
+
+
+# --- first and last frame, image tokens -----------------------------------------------------------------------
+
+
+def test_two_experts_take_a_last_frame_too(tmp_path):
+    pipe = mlx_wan.WanPipeline.from_pretrained(checkpoint.write_official(tmp_path / "i2v", "small-i2v-A14B"))
+    first, last = (Image.fromarray(small.picture(32, 32, name)) for name in ("picture", "last"))
+    request = pipe._request("a cat", first, None, 32, 32, 9, *[None] * 6, last)
+    channels = np.array(pipe._known_frames(request).channels)
+    assert channels.shape == (1, 3, 4, 4, 20)
+    np.testing.assert_array_equal(channels[0, :, 0, 0, :4], [[1, 1, 1, 1], [0, 0, 0, 0], [0, 0, 0, 1]])
+    video = np.zeros((1, 9, 32, 32, 3), np.float32)
+    video[:, 0], video[:, 8] = (np.asarray(picture) / np.float32(127.5) - 1 for picture in (first, last))
+    assert np.abs(channels[..., 4:] - np.array(pipe.vae.encode(mx.array(video)))).max() < 1e-5
+    options = {**CROSSING, "num_frames": 9, "output_type": "latent", "image": first}
+    assert not mx.array_equal(pipe("a cat", **options, last_image=last).latents, pipe("a cat", **options).latents)
+
+
+@pytest.fixture(scope="module")
+def with_tokens(tmp_path_factory):
+    return checkpoint.write_official(tmp_path_factory.mktemp("tokens") / "Wan2.1", "small-i2v-14B")
+
+
+def test_the_image_encoder_leaves_memory_too(with_tokens, experts):
+    options = {**CROSSING, "num_inference_steps": 1, "image": Image.fromarray(small.picture(32, 32))}
+    pipe = mlx_wan.WanPipeline.from_pretrained(with_tokens, low_memory=True)
+    list(pipe.stream("a cat", **options))
+    assert pipe._image_encoder is None
+    pipe = mlx_wan.WanPipeline.from_pretrained(with_tokens, low_memory=False)
+    list(pipe.stream("a cat", **options))
+    assert pipe._image_encoder is pipe.image_encoder is not None
+    assert mlx_wan.WanPipeline.from_pretrained(experts).image_encoder is None
+
+
+def test_the_default_shift_goes_with_the_size(with_tokens):
+    pipe = mlx_wan.WanPipeline.from_pretrained(with_tokens)
+    picture = Image.fromarray(small.picture())
+    for size, shift in (((832, 480), 3.0), ((1280, 720), 5.0)):
+        pipe._request("a cat", picture, None, *size, *[None] * 7)
+        want = pipeline.make_scheduler("unipc", 40, shift)
+        assert np.array_equal(pipe.scheduler.sigmas, want.sigmas)
+
+
+def test_last_frames_where_they_belong(with_tokens, tmp_path):
+    picture = Image.fromarray(small.picture())
+    with pytest.raises(UserError, match="custom takes no last frame: leave it out, or use I2V-A14B or FLF2V-14B"):
+        mlx_wan.WanPipeline.from_pretrained(with_tokens)("a cat", picture, last_image=picture)
+    pipe = mlx_wan.WanPipeline.from_pretrained(checkpoint.write_official(tmp_path / "flf2v", "small-flf2v-14B"))
+    with pytest.raises(UserError, match="custom makes a video between two pictures: give the last frame too"):
+        pipe("a cat", picture)

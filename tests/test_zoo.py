@@ -45,6 +45,8 @@ def test_sampling_round_trip():
         ("i2v-A14B", 40, (3.5, 3.5), 5.0, 0.9, (1280, 720)),
         ("t2v-14B", 50, 5.0, 5.0, None, (1280, 720)),
         ("t2v-1.3B", 50, 5.0, 5.0, None, (832, 480)),
+        ("i2v-14B", 40, 5.0, 5.0, None, (1280, 720)),
+        ("flf2v-14B", 50, 5.0, 16.0, None, (1280, 720)),
     ],
 )
 def test_models_with_the_wan21_vae_are_sampled_as_officially(name, steps, guidance, shift, boundary, size):
@@ -57,7 +59,10 @@ def test_models_with_the_wan21_vae_are_sampled_as_officially(name, steps, guidan
     )
     assert (spec.num_frames, spec.fps, spec.vae_stride, spec.vae) == (81, 16, (4, 8, 8), "Wan2.1")
     assert (spec.width, spec.height) == size
-    assert spec.negative_prompt == MODELS["ti2v-5B"].negative_prompt
+    more = {"i2v-14B": "镜头晃动，", "flf2v-14B": "镜头切换，镜头晃动，"}.get(name, "")
+    assert spec.negative_prompt == more + MODELS["ti2v-5B"].negative_prompt
+    assert spec.shift_for(1280, 720) == shift
+    assert spec.shift_for(832, 480) == (3.0 if name == "i2v-14B" else shift)
 
 
 def test_latent_statistics():

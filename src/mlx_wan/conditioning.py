@@ -51,7 +51,7 @@ def area_size(width: int, height: int, stride_w: int, stride_h: int, max_area: i
 
 
 # Task -> how the size follows from a picture.
-SIZE_RULES = {"ti2v": best_output_size, "i2v": area_size}
+SIZE_RULES = {"ti2v": best_output_size, "i2v": area_size, "flf2v": area_size}
 
 
 def image_to_frame(image: Image.Image, width: int, height: int) -> np.ndarray:
@@ -68,19 +68,23 @@ def image_to_frame(image: Image.Image, width: int, height: int) -> np.ndarray:
     return ((pixels - np.float32(0.5)) / np.float32(0.5))[None, None]
 
 
-def stretched_frame(image: Image.Image, width: int, height: int, step: int) -> np.ndarray:
+def cropped(image: Image.Image, width: int, height: int, step: int) -> Image.Image:
+    """The picture itself if the size has its shape but for less than `step` pixels, as all that the official rule makes
+    of it have; else the largest part of that shape about its centre."""
+    ratio = image.height / image.width
+    if abs(height - width * ratio) < step or abs(width - height / ratio) < step:
+        return image
+    scale = min(image.width / width, image.height / height)
+    w, h = max(round(width * scale), 1), max(round(height * scale), 1)
+    left, top = (image.width - w) // 2, (image.height - h) // 2
+    return image.crop((left, top, left + w, top + h))
+
+
+def stretched_frame(image: Image.Image, width: int, height: int) -> np.ndarray:
     """A picture as one video frame, as `image_to_frame`, but stretched to the size (official `image2video.py`).
 
-    Bicubic with a = -0.75 and without smoothing, as torch's `interpolate` does it; values may pass [-1, 1] a little. A
-    picture whose shape is another by `step` pixels or more, which the official rule never asks for, is cropped to the
-    shape about its centre first.
+    Bicubic with a = -0.75 and without smoothing, as torch's `interpolate` does it; values may pass [-1, 1] a little.
     """
-    ratio = image.height / image.width
-    if abs(height - width * ratio) >= step and abs(width - height / ratio) >= step:
-        scale = min(image.width / width, image.height / height)
-        w, h = max(round(width * scale), 1), max(round(height * scale), 1)
-        left, top = (image.width - w) // 2, (image.height - h) // 2
-        image = image.crop((left, top, left + w, top + h))
     pixels = np.asarray(image.convert("RGB"), dtype=np.float32) / np.float32(255)
     pixels = (pixels - np.float32(0.5)) / np.float32(0.5)
     columns = _interpolate(pixels.swapaxes(0, 1), width).swapaxes(0, 1)

@@ -12,6 +12,7 @@ import numpy as np
 from mlx_wan import backend
 from mlx_wan.errors import UserError, WanError
 from mlx_wan.models.autoencoder import WanVAE
+from mlx_wan.models.clip import ImageEncoder
 from mlx_wan.models.transformer import WanTransformer
 from mlx_wan.models.umt5 import UMT5Encoder
 from mlx_wan.sampling import Condition, Expert, denoise, initial_noise
@@ -20,6 +21,7 @@ from mlx_wan.schedulers.flow import TRAIN_TIMESTEPS
 from mlx_wan.text import Tokenizer, clean_prompt
 from mlx_wan.weights.load import (
     Checkpoint,
+    load_image_encoder,
     load_text_encoder,
     load_transformer,
     load_vae,
@@ -66,7 +68,7 @@ class _Request:
     """A call with every default filled in."""
 
     prompt: str
-    image: "Image.Image | None"
+    pictures: dict[int, "Image.Image"]  # frame -> what it shows
     negative_prompt: str
     width: int
     height: int
@@ -99,6 +101,7 @@ class WanPipeline:
         self.tokenizer = Tokenizer(tokenizer_path(checkpoint), checkpoint.transformer_config.text_len)
         self._transformers: dict[str, WanTransformer] = {}
         self._text_encoder: UMT5Encoder | None = None
+        self._image_encoder: ImageEncoder | None = None
         self._vae: WanVAE | None = None
 
     @classmethod
@@ -168,6 +171,13 @@ class WanPipeline:
         return self._text_encoder
 
     @property
+    def image_encoder(self) -> ImageEncoder | None:
+        """Pictures (B,224,224,3) in [-1, 1] -> (B,257,1280), of a model that takes such tokens; None for others."""
+        if self._image_encoder is None and self.checkpoint.image_encoder is not None:
+            self._image_encoder = load_image_encoder(self.checkpoint, self.dtype)
+        return self._image_encoder
+
+    @property
     def vae(self) -> WanVAE:
         """`encode` video (B,T,H,W,3) in [-1, 1] to normalised latents (B,t,h,w,C), `decode` them back."""
         if self._vae is None:
@@ -199,6 +209,7 @@ class WanPipeline:
         latents: mx.array | None = None,
         output_type: Literal["np", "latent"] = "np",
         callback: Callable[[int, int, mx.array], None] | None = None,
+        last_image: "Image.Image | str | Path | None" = None,
     ) -> PipelineOutput:
         """Makes a video. What is None is the model's own default (`spec`).
 
@@ -219,6 +230,7 @@ class WanPipeline:
             latents: the noise to start from (1, t, h, w, C), MLX or NumPy, instead of a seed.
             output_type: "latent" leaves the latents undecoded.
             callback: called with (step, steps, latents) after each step, steps counted from 1.
+            last_image: the last frame, as `image`; FLF2V models need one, I2V-A14B takes one.
 
         Raises:
             UserError: a value that the model cannot take.
@@ -239,6 +251,7 @@ class WanPipeline:
             scheduler,
             seed,
             latents,
+            last_image,
         )
         result, pieces = request.noise, []
         for event in self._run(request, decode=output_type == "np"):
@@ -252,13 +265,14 @@ class WanPipeline:
         return PipelineOutput(frames, result, request.seed, self.spec.fps)
 
     def stream(self, prompt: str, **options: Any) -> Iterator[Event]:
-        """Makes a video as `__call__` does, with its arguments from image to latents, and yields each `Event`.
+        """Makes a video as `__call__` does, with its arguments from image to latents and last_image, and yields each
+        `Event`.
 
         Frames come in pieces as they are decoded, so that no more than a piece of the video is in memory. The request
         is checked at once, not at the first event.
         """
         names = ("image", "negative_prompt", "width", "height", "num_frames", "num_inference_steps")
-        names += ("guidance_scale", "shift", "scheduler", "seed", "latents")
+        names += ("guidance_scale", "shift", "scheduler", "seed", "latents", "last_image")
         unknown = sorted(options.keys() - set(names))
         if unknown:
             raise TypeError(f"stream() got an unexpected keyword argument {unknown[0]!r}")
@@ -308,22 +322,39 @@ class WanPipeline:
         return context, negative
 
     def _encode_image(self, request: _Request) -> Generator[Event, None, Condition]:
-        if request.image is None:
+        if not request.pictures:
             return Condition()
-        from mlx_wan.conditioning import image_to_frame, known_frames, stretched_frame
+        from mlx_wan.conditioning import image_to_frame
 
-        picture, size = request.image, (request.width, request.height)
         if self.spec.task == "ti2v":
-            condition = Condition(first_frame=self.vae.encode(mx.array(image_to_frame(picture, *size))))
+            frame = image_to_frame(request.pictures[0], request.width, request.height)
+            condition = Condition(first_frame=self.vae.encode(mx.array(frame)))
         else:
-            frames = {0: stretched_frame(picture, *size, min(self.checkpoint.size_steps))}
-            video, mask = known_frames(frames, request.num_frames, self.checkpoint.vae_config.stride[0])
-            encoded = self.vae.encode(mx.array(video))
-            mask = mx.broadcast_to(mx.array(mask), (*encoded.shape[:-1], mask.shape[-1]))
-            condition = Condition(channels=mx.concatenate([mask, encoded], axis=-1))
-            mx.eval(condition.channels)
+            condition = self._known_frames(request)
         yield Event("image", 1, 1)
         return condition
+
+    def _known_frames(self, request: _Request) -> Condition:
+        """Pictures as I2V and FLF2V models see them: as a video with grey frames, and some as image tokens."""
+        from mlx_wan.conditioning import cropped, known_frames, stretched_frame
+
+        size, step = (request.width, request.height), min(self.checkpoint.size_steps)
+        pictures = {place: cropped(picture, *size, step) for place, picture in request.pictures.items()}
+        frames = {place: stretched_frame(picture, *size) for place, picture in pictures.items()}
+        video, mask = known_frames(frames, request.num_frames, self.checkpoint.vae_config.stride[0])
+        encoded = self.vae.encode(mx.array(video))
+        mask = mx.broadcast_to(mx.array(mask), (*encoded.shape[:-1], mask.shape[-1]))
+        channels, image = mx.concatenate([mask, encoded], axis=-1), None
+        if self.image_encoder is not None:
+            side = self.image_encoder.config.image_size
+            squares = np.concatenate([stretched_frame(picture, side, side)[0] for picture in pictures.values()])
+            image = self.image_encoder(mx.array(squares))
+            image = image.reshape(1, -1, image.shape[-1])
+        mx.eval(channels, image)
+        if self.low_memory:
+            self._image_encoder = None
+            mx.clear_cache()
+        return Condition(channels=channels, image=image)
 
     def _padded(self, embedding: mx.array) -> mx.array:
         """(n, text_dim) -> (1, text_len, text_dim): the reference fills up with zeros, which attention does see."""
@@ -346,21 +377,25 @@ class WanPipeline:
         scheduler: str | None,
         seed: int | None,
         latents: mx.array | None,
+        last_image: "Image.Image | str | Path | None" = None,
     ) -> _Request:
         spec = self.spec
-        picture = _open(image)
-        spec.check_picture(picture is not None)
+        picture, last = _open(image), _open(last_image)
+        spec.check_pictures(picture is not None, last is not None)
         width, height = self._size(_whole("width", width), _whole("height", height), picture)
         num_frames = _or(_whole("num_frames", num_frames), spec.num_frames)
+        pictures = {place: p for place, p in ((0, picture), (num_frames - 1, last)) if p is not None}
+        if last is not None and num_frames == 1:
+            raise UserError("num_frames is 1; a first and a last frame need more")
         noise, seed = _noise(latents, _whole("seed", seed), self._latent_shape(width, height, num_frames))
         self.scheduler = make_scheduler(
             _or(scheduler, spec.scheduler),
             _or(num_inference_steps, spec.num_inference_steps),
-            _or(shift, spec.shift),
+            _or(shift, spec.shift_for(width, height)),
         )
         return _Request(
             _text("prompt", prompt),
-            picture,
+            pictures,
             _text("negative_prompt", _or(negative_prompt, spec.negative_prompt)),
             width,
             height,

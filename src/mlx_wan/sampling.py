@@ -30,27 +30,35 @@ class Condition:
     Attributes:
         first_frame: (B, 1, h, w, C) normalised latent of a picture: it replaces the first latent frame before and
             after every step, and its tokens have timestep 0 (official `WanTI2V.i2v`).
+        image: (B, m, image_dim) embeddings of pictures, for transformers that take them.
         channels: (B, t, h, w, ·) put beside the latents' channels whenever the transformer is asked (official
             `WanI2V`).
     """
 
     first_frame: mx.array | None = None
     channels: mx.array | None = None
+    image: mx.array | None = None
 
 
 def guided_velocity(
-    expert: Expert, latents: mx.array, timesteps: mx.array, context: mx.array, negative_context: mx.array
+    expert: Expert,
+    latents: mx.array,
+    timesteps: mx.array,
+    context: mx.array,
+    negative_context: mx.array,
+    image: mx.array | None = None,
 ) -> mx.array:
     """Classifier-free guidance: the velocity away from the negative prompt, towards the prompt.
 
     A scale of 1 is the prompt alone and costs one pass instead of two. Shapes as in `WanTransformer`.
     """
     transformer, guidance_scale = expert
-    velocity = transformer(latents, timesteps, context)
+    known = () if image is None else (image,)
+    velocity = transformer(latents, timesteps, context, *known)
     if guidance_scale == 1:
         return velocity
     mx.eval(velocity)  # one pass's activations in memory at a time
-    negative = transformer(latents, timesteps, negative_context)
+    negative = transformer(latents, timesteps, negative_context, *known)
     return negative + guidance_scale * (velocity - negative)
 
 
@@ -81,7 +89,7 @@ def denoise(
         else:
             timesteps[:, 0] = 0
         inputs = latents if condition.channels is None else mx.concatenate([latents, condition.channels], axis=-1)
-        velocity = guided_velocity(expert_at(t), inputs, timesteps, context, negative_context)
+        velocity = guided_velocity(expert_at(t), inputs, timesteps, context, negative_context, condition.image)
         latents, state = scheduler.step(velocity, latents, state)
         latents = _with_first(latents, condition.first_frame)
         mx.eval(latents)

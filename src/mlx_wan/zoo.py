@@ -54,7 +54,8 @@ class ModelSpec:
 
     Attributes:
         name: what `--task` and a native config.json call it.
-        task: "t2v": text to video; "i2v": text and a first frame to video; "ti2v": either.
+        task: "t2v": text to video; "i2v": text and a first frame to video; "ti2v": either; "flf2v": text, a first and a
+            last frame.
         hub_id: its repository on the Hugging Face Hub; None when it ships with the package.
         vae_stride: frames, rows and columns of video for one latent.
         sizes: (width, height) pairs it was trained for; other sizes work but may look worse.
@@ -62,6 +63,8 @@ class ModelSpec:
         num_inference_steps, guidance_scale, shift, scheduler, negative_prompt: how it is sampled by default. With two
             experts guidance may be a pair, (low noise, high noise).
         vae: the family of its autoencoder, "Wan2.1" or "Wan2.2".
+        shift_480p: the default shift up to the area of 832x480; None for the same.
+        takes_last: whether a picture may be given as the last frame too.
         boundary: share of the 1000 timesteps from which on the high-noise expert works; None for one transformer.
     """
 
@@ -80,6 +83,8 @@ class ModelSpec:
     scheduler: str = "unipc"
     negative_prompt: str = NEGATIVE_PROMPT
     vae: str = "Wan2.2"
+    shift_480p: float | None = None
+    takes_last: bool = False
     boundary: float | None = None
 
     @property
@@ -87,12 +92,21 @@ class ModelSpec:
         """What files can tell of it: task, family of the VAE, whether there are two experts."""
         return self.task, self.vae, self.boundary is not None
 
-    def check_picture(self, given: bool) -> None:
-        """UserError if the model cannot do without a picture, or not with one."""
-        if self.task == "i2v" and not given:
+    def check_pictures(self, first: bool, last: bool) -> None:
+        """UserError if the model cannot do without a picture for the first or last frame, or not with one."""
+        if self.task in ("i2v", "flf2v") and not first:
             raise UserError(f"{self.name} makes a video of a picture: give an image")
-        if self.task == "t2v" and given:
+        if self.task == "t2v" and (first or last):
             raise UserError(f"{self.name} takes no picture: leave the image out, or use an I2V or TI2V model")
+        if self.task == "flf2v" and not last:
+            raise UserError(f"{self.name} makes a video between two pictures: give the last frame too")
+        if last and not self.takes_last:
+            raise UserError(f"{self.name} takes no last frame: leave it out, or use I2V-A14B or FLF2V-14B")
+
+    def shift_for(self, width: int, height: int) -> float:
+        """The default shift of the noise schedule for a video of this size."""
+        small = width * height <= 832 * 480
+        return self.shift_480p if small and self.shift_480p is not None else self.shift
 
     def check_guidance(self, scale: float | tuple[float, float]) -> tuple[float, float]:
         """Guidance as a pair, (low noise, high noise). UserError for what is no number or, without experts, a pair."""
@@ -167,7 +181,13 @@ MODELS: dict[str, ModelSpec] = {
         boundary=0.875,
     ),
     "i2v-A14B": _vae21_model(
-        "i2v-A14B", "Wan2.2-I2V-A14B", num_inference_steps=40, guidance_scale=(3.5, 3.5), shift=5.0, boundary=0.9
+        "i2v-A14B",
+        "Wan2.2-I2V-A14B",
+        num_inference_steps=40,
+        guidance_scale=(3.5, 3.5),
+        shift=5.0,
+        boundary=0.9,
+        takes_last=True,
     ),
     "t2v-1.3B": _vae21_model(
         "t2v-1.3B",
@@ -180,6 +200,25 @@ MODELS: dict[str, ModelSpec] = {
         shift=5.0,
     ),
     "t2v-14B": _vae21_model("t2v-14B", "Wan2.1-T2V-14B", num_inference_steps=50, guidance_scale=5.0, shift=5.0),
+    # The 480P and the 720P model have the same shapes and are sampled alike but for the size.
+    "i2v-14B": _vae21_model(
+        "i2v-14B",
+        "Wan2.1-I2V-14B-720P",
+        num_inference_steps=40,
+        guidance_scale=5.0,
+        shift=5.0,
+        shift_480p=3.0,
+        negative_prompt=f"镜头晃动，{NEGATIVE_PROMPT}",  # a shaking camera
+    ),
+    "flf2v-14B": _vae21_model(
+        "flf2v-14B",
+        "Wan2.1-FLF2V-14B-720P",
+        num_inference_steps=50,
+        guidance_scale=5.0,
+        shift=16.0,
+        takes_last=True,
+        negative_prompt=f"镜头切换，镜头晃动，{NEGATIVE_PROMPT}",  # cuts
+    ),
     # The embedded model; its own config.json has the last word on how it is sampled.
     "tiny": ModelSpec(
         name="tiny",
@@ -205,7 +244,7 @@ class Release:
 
     Attributes:
         name: what people call it.
-        component: "transformer", "text_encoder" or "vae".
+        component: "transformer", "text_encoder", "image_encoder" or "vae".
         dims: fields that `weights.shapes` reads off its tensors and their values.
         models: for transformers, the `MODELS` that it may belong to; only the folder tells which.
     """
@@ -216,10 +255,12 @@ class Release:
     models: tuple[str, ...] = ()
 
 
-def _transformer(name: str, sizes: tuple[int, int, int], in_dim: int, out_dim: int, *models: str) -> Release:
+def _transformer(
+    name: str, sizes: tuple[int, int, int], in_dim: int, out_dim: int, *models: str, **image: int
+) -> Release:
     dim, ffn_dim, num_layers = sizes
     dims = {"dim": dim, "ffn_dim": ffn_dim, "num_layers": num_layers, "in_dim": in_dim, "out_dim": out_dim}
-    return Release(name, "transformer", dims, models)
+    return Release(name, "transformer", dims | image, models)
 
 
 _5B, _14B, _1_3B = (3072, 14336, 30), (5120, 13824, 40), (1536, 8960, 30)
@@ -228,12 +269,19 @@ RELEASES: tuple[Release, ...] = (
     _transformer("Wan2.2 TI2V-5B", _5B, 48, 48, "ti2v-5B"),
     # Same names and shapes: only what a folder holds besides tells these two apart.
     _transformer("Wan2.2 T2V-A14B (one expert) or Wan2.1 T2V-14B", _14B, 16, 16, "t2v-A14B", "t2v-14B"),
-    _transformer("Wan2.2 I2V-A14B (one expert)", _14B, 36, 16, "i2v-A14B"),
+    _transformer("Wan2.2 I2V-A14B (one expert)", _14B, 36, 16, "i2v-A14B", image_dim=0),
+    _transformer("Wan2.1 I2V-14B", _14B, 36, 16, "i2v-14B", image_dim=1280, image_positions=0),
+    _transformer("Wan2.1 FLF2V-14B", _14B, 36, 16, "flf2v-14B", image_dim=1280, image_positions=514),
     _transformer("Wan2.1 T2V-1.3B", _1_3B, 16, 16, "t2v-1.3B"),
     Release(
         "UMT5-XXL encoder",
         "text_encoder",
         {"vocab_size": 256384, "dim": 4096, "dim_attn": 4096, "dim_ffn": 10240, "num_heads": 64, "num_layers": 24},
+    ),
+    Release(
+        "CLIP ViT-H/14 image encoder",
+        "image_encoder",
+        {"image_size": 224, "patch_size": 14, "dim": 1280, "ffn_dim": 5120, "num_layers": 32},
     ),
     Release("Wan2.2 VAE", "vae", {"dim": 160, "dec_dim": 256, "z_dim": 48, "dim_mult": (1, 2, 4, 4)}),
     Release("Wan2.1 VAE", "vae", {"dim": 96, "z_dim": 16, "dim_mult": (1, 2, 4, 4)}),

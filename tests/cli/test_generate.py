@@ -207,6 +207,8 @@ def test_default_names_never_meet_a_file_that_is_there(folder, monkeypatch):
         ("--save_file out.avi", "out.avi: a video's name ends in .mp4"),
         ("--save_file /proc/out.mp4", "/proc/out.mp4: "),
         ("--image=", "--image is empty; give a name"),
+        ("--last_frame=", "--last_frame is empty; give a name"),
+        ("--image photo.png --last_frame photo.png", "custom takes no last frame: leave it out, or use I2V-A14B"),
         ("--save_file=", "--save_file is empty; give a name"),
         ("--ckpt_dir=", "--ckpt_dir is empty; give a name"),
         ("--sample-step 4", "unknown flag --sample-step, did you mean --sample_steps?"),
@@ -316,6 +318,7 @@ def test_two_experts_have_guidance_each(requests, experts):
     [
         ("--task ti2v-5B", "--task ti2v-5B: {experts} holds a model of the kind t2v-A14B"),
         ("--task i2v-A14B", "--task i2v-A14B: {experts} holds a model of the kind t2v-A14B"),
+        ("--last_frame photo.png", "custom takes no picture: leave the image out, or use an I2V or TI2V model"),
         ("--image photo.png", "custom takes no picture: leave the image out, or use an I2V or TI2V model"),
         ("--size 100*64", "--size 100*64: width must be a multiple of 16, height of 16; try 96*64"),
     ],
@@ -379,6 +382,16 @@ def test_a_run_over_two_experts_writes_the_video(folder, capsys, task, flags):
     frames, fps = read_video("a.mp4")
     assert (frames.shape, fps) == ((5, 48, 64, 3) if task == "t2v-A14B" else (5, 32, 64, 3), 16)
     assert read_metadata("a.mp4")["guidance_scale"] == ([3.0, 4.0] if task == "t2v-A14B" else [3.5, 3.5])
+
+
+def test_a_run_between_two_pictures(folder, capsys):
+    model = checkpoint.write_official(folder / "model", "small-flf2v-14B")
+    line = ["--task", "flf2v-14B", "--ckpt_dir", str(model), "--size", "64*48", "--frame_num", "5", "--steps", "1"]
+    pictures = ["--first_frame", "photo.png", "--last_frame", "photo.png"]
+    assert main(["generate", *line, *pictures, "--prompt", "a cat", "--seed", "1", "-o", "a.mp4"]) == 0
+    assert read_video("a.mp4")[0].shape == (5, 32, 64, 3)
+    facts = read_metadata("a.mp4")
+    assert (facts["image"], facts["last_image"], facts["shift"]) == ("photo.png", "photo.png", 16.0)
 
 
 def test_the_file_holds_what_the_pipeline_makes(model, folder):

@@ -18,7 +18,7 @@ from mlx_wan.weights import convert as converting
 from mlx_wan.weights import save as saving
 from mlx_wan.weights.convert import convert
 from mlx_wan.weights.files import read_tensors
-from mlx_wan.weights.load import load_text_encoder, load_transformer, load_vae, locate
+from mlx_wan.weights.load import load_image_encoder, load_text_encoder, load_transformer, load_vae, locate
 from mlx_wan.weights.quantize import Quantization, is_quantized, quantize_module
 from mlx_wan.weights.save import save_native
 
@@ -339,6 +339,27 @@ def test_two_experts_there_and_back(tmp_path, dst, kind):
     # Replaced by a model with one transformer, nothing of the second stays behind.
     convert(checkpoints.write_official(tmp_path / "src"), dst, overwrite=True)
     assert not (dst / "transformer_2.safetensors").exists()
+
+
+@pytest.mark.parametrize("kind", ["t2v-14B", "i2v-14B", "flf2v-14B"])
+def test_the_wan21_kind_there_and_back(tmp_path, dst, kind):
+    src = checkpoint.write_official(tmp_path / "model", f"small-{kind}")
+    convert(src, dst)
+    before, after = locate(src), locate(dst)
+    assert (dst / "image_encoder.safetensors").exists() == (kind != "t2v-14B")
+    for name in ("kind", "spec", "transformer_config", "image_encoder_config", "vae_config"):
+        assert getattr(after, name) == getattr(before, name)
+    assert same(parameters(dst), parameters(src))
+    if kind != "t2v-14B":
+        got, want = (dict(tree_flatten(load_image_encoder(c, mx.float32).parameters())) for c in (after, before))
+        assert same(got, want)
+
+
+def test_keys_and_values_of_image_tokens_are_quantized():
+    assert is_quantized("transformer", "blocks.3.cross_attn.k_img")
+    assert is_quantized("transformer", "blocks.3.cross_attn.v_img")
+    assert not is_quantized("transformer", "img_emb.proj.1")
+    assert not is_quantized("image_encoder", "transformer.0.attn.to_qkv")
 
 
 def test_both_experts_are_quantized(square_experts, dst):

@@ -73,6 +73,21 @@ def test_knows_other_transformers(sizes, model, models):
     assert identity.runs
 
 
+@pytest.mark.parametrize(
+    ("extra", "model"), [({}, "Wan2.1 I2V-14B"), ({"img_emb.emb_pos": (1, 514, 1280)}, "Wan2.1 FLF2V-14B")]
+)
+def test_knows_the_wan21_models_that_take_image_tokens(extra, model):
+    shapes = {n: tuple(s) for n, s in cases.official_names("i2v-14B", "transformer").items()}
+    assert identify(shapes | extra).model == model
+
+
+@pytest.mark.parametrize("name", ["{}", "visual.{}"])
+def test_knows_the_image_encoder(name):
+    shapes = {name.format(n): tuple(s) for n, s in cases.official_names("i2v-14B", "image_encoder").items()}
+    identity = identify(shapes | {"textual.norm.weight": (4,)} if "visual" in name else shapes)
+    assert (identity.component, identity.model) == ("image_encoder", "CLIP ViT-H/14 image encoder")
+
+
 def test_knows_the_wan21_vae():
     identity = identify({n: tuple(s) for n, s in cases.official_names("t2v-A14B", "vae").items()})
     assert (identity.component, identity.model, identity.family) == ("vae", "Wan2.1 VAE", "Wan2.1")
@@ -84,7 +99,6 @@ def test_knows_the_wan21_vae():
         ("casual_audio_encoder.weights", "transformer", "Wan2.2 S2V-14B"),
         ("pose_patch_embedding.weight", "transformer", "Wan2.2 Animate-14B"),
         ("vace_blocks.0.x", "transformer", "Wan2.1 VACE"),
-        ("img_emb.proj.0.weight", "transformer", "Wan2.1 I2V-14B"),
         ("condition_embedder.time_proj.weight", "transformer", "Wan transformer under Diffusers names"),
         ("diffusion_model.blocks.0.self_attn.q.lora_down.weight", "lora", "LoRA"),
         ("lora_unet_blocks_0_ffn_0.alpha", "lora", "LoRA"),

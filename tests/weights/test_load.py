@@ -18,7 +18,15 @@ from mlx_wan.errors import CheckpointError, UserError
 from mlx_wan.models.transformer import FLOAT32_PARAMETERS
 from mlx_wan.models.vae22 import VAEConfig, WanVAE22
 from mlx_wan.weights import locate as locating
-from mlx_wan.weights.load import load_text_encoder, load_transformer, load_vae, locate, tokenizer_path
+from mlx_wan.weights.checkpoint import PARTS
+from mlx_wan.weights.load import (
+    load_image_encoder,
+    load_text_encoder,
+    load_transformer,
+    load_vae,
+    locate,
+    tokenizer_path,
+)
 from mlx_wan.weights.save import save_native
 from mlx_wan.weights.shapes import text_encoder_fields, transformer_fields, vae_fields
 from mlx_wan.zoo import LATENT_STATISTICS, LATENTS_MEAN, LATENTS_STD, MODELS
@@ -58,7 +66,7 @@ def test_every_layout_gives_the_same_modules(tmp_path, layout):
 
 def test_dimensions_are_read_off_the_tensors(folder):
     checkpoint = locate(folder)
-    want = {**small.TRANSFORMER}
+    want = {**small.TRANSFORMER, "image_dim": 0, "image_positions": 0}
     assert {
         f.name: getattr(checkpoint.transformer_config, f.name) for f in fields(checkpoint.transformer_config)
     } == want
@@ -341,7 +349,7 @@ def test_components_in_each_others_place(folder):
         locate(folder)
 
 
-@pytest.mark.parametrize("extra", ["img_emb.proj.0.weight", "casual_audio_encoder.weights", "face_adapter.x"])
+@pytest.mark.parametrize("extra", ["casual_audio_encoder.weights", "face_adapter.x"])
 def test_transformers_with_other_parts(folder, extra):
     change = lambda weights: weights.update({extra: mx.zeros(3)})  # noqa: E731
     checkpoints.edit_safetensors(folder / "diffusion_pytorch_model.safetensors", change)
@@ -443,7 +451,7 @@ def test_an_image_to_video_expert_in_the_place_of_a_whole_model(tmp_path):
         file.rename(folder / file.name)
     for name in ("high_noise_model", "low_noise_model"):
         shutil.rmtree(folder / name)
-    with pytest.raises(CheckpointError, match=r"one transformer for i2v with a Wan2\.1 VAE: no model"):
+    with pytest.raises(CheckpointError, match="without another expert or image tokens; an A14B model has its"):
         locate(folder)
 
 
@@ -469,6 +477,49 @@ def test_a_vae_of_the_other_family(tmp_path, model, own):
     (folder / f"{other}_VAE.pth").rename(vae)
     with pytest.raises(CheckpointError, match=rf"is {other}-type VAE of an unreleased size, not the VAE of a Wan"):
         locate(folder)
+
+
+# --- Wan2.1 ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "like"), [("t2v-14B", "t2v-1.3B"), ("i2v-14B",) * 2, ("flf2v-14B",) * 2])
+def test_models_of_the_wan21_kind(tmp_path, kind, like):
+    found = locate(checkpoint.write_official(tmp_path / "model", f"small-{kind}"))
+    assert (found.kind, found.spec.name, found.layout.name) == (like, "custom", "official")
+    assert list(found.parts) == [part for part in PARTS if part in small.MODELS[f"small-{kind}"]]
+    for f in fields(found.transformer_config):
+        want = {"image_dim": 0, "image_positions": 0, **small.MODELS[f"small-{kind}"]["transformer"]}
+        assert getattr(found.transformer_config, f.name) == want[f.name]
+    if kind == "t2v-14B":
+        assert found.image_encoder_config is None
+        return
+    assert vars(found.image_encoder_config) == small.IMAGE_ENCODER
+    want = checkpoint.official_weights("image_encoder", f"small-{kind}")
+    got = dict(tree_flatten(load_image_encoder(found, mx.float32).parameters()))
+    assert got.keys() == want.keys()
+    assert all(np.array_equal(np.array(got[n]), cases.native(n, want[n])) for n in want)
+
+
+@pytest.fixture
+def with_tokens(tmp_path):
+    return checkpoint.write_official(tmp_path / "model", "small-i2v-14B")
+
+
+def test_an_image_encoder_that_is_missing(with_tokens):
+    (with_tokens / f"{checkpoint.CLIP}.pth").unlink()
+    with pytest.raises(CheckpointError, match=f"missing: {checkpoint.CLIP}"):
+        locate(with_tokens)
+
+
+def test_an_image_encoder_with_something_else(with_tokens):
+    weights = checkpoint.clip_weights("small-i2v-14B")
+    checkpoint.write_pth(with_tokens / f"{checkpoint.CLIP}.pth", weights | {"audio.weight": np.ones(3, np.float32)})
+    with pytest.raises(CheckpointError, match=r"does not fit the image encoder: unexpected audio\.weight"):
+        locate(with_tokens)
+    del weights["visual.transformer.1.mlp.2.bias"]
+    checkpoint.write_pth(with_tokens / f"{checkpoint.CLIP}.pth", weights)
+    with pytest.raises(CheckpointError, match=r"image encoder: 1 missing \(transformer\.1\.mlp\.2\.bias\)"):
+        locate(with_tokens)
 
 
 # --- Hub and embedded model -----------------------------------------------------------------------------------

@@ -39,7 +39,10 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     what = parser.add_argument_group("what to make")
     what.add_argument("--prompt", required=True, help="what the video shows")
     what.add_argument("--negative_prompt", "--n_prompt", help="what it must not show (default: the model's own)")
-    what.add_argument("--image", metavar="FILE", help="a picture to start from: the video's first frame (ti2v, i2v)")
+    what.add_argument(
+        "--image", "--first_frame", metavar="FILE", help="a picture to start from: the video's first frame"
+    )
+    what.add_argument("--last_frame", metavar="FILE", help="a picture to end with (flf2v-14B, i2v-A14B)")
     what.add_argument("--size", metavar="W*H", help="width*height in pixels; with --image only the area counts")
     what.add_argument("--frame_num", "--num_frames", type=int, metavar="N", help="number of frames, 4n+1")
     what.add_argument("--fps", type=float, help="frames a second of the file (default: the model's own)")
@@ -99,14 +102,15 @@ def run(args: argparse.Namespace) -> None:
     from mlx_wan.weights.locate import locate
 
     image = read_image(args.image) if args.image else None
+    last = read_image(args.last_frame) if args.last_frame else None
     if args.save_file:
         check_writable(args.save_file)
     checkpoint = locate(args.ckpt_dir or "tiny")
     _check_task(args.task, checkpoint)
-    checkpoint.spec.check_picture(image is not None)
+    checkpoint.spec.check_pictures(image is not None, last is not None)
     if not args.ckpt_dir:
         _note("no --ckpt_dir: the small embedded model draws this (coloured shapes that move)")
-    options = _options(args, checkpoint, image)
+    options = _options(args, checkpoint, image) | ({} if last is None else {"last_image": last})
     path = Path(args.save_file) if args.save_file else _free_name(args.prompt, checkpoint.spec.name, options)
     check_writable(path)
     _check_memory(checkpoint, args.dtype, args.keep_both_experts)
@@ -163,7 +167,7 @@ def _follow(event: "Event", progress: Progress, writer: "VideoWriter", with_imag
 
 def _check_flags(args: argparse.Namespace) -> None:
     """What can be judged without knowing the model."""
-    for flag in ("image", "save_file", "ckpt_dir"):
+    for flag in ("image", "last_frame", "save_file", "ckpt_dir"):
         if getattr(args, flag) == "":  # an unset variable of a script: no reason to do something else silently
             raise UserError(f"--{flag} is empty; give a name, or leave the flag out")
     if args.task is not None and args.task not in TASKS:
@@ -210,7 +214,7 @@ def _options(args: argparse.Namespace, checkpoint: "Checkpoint", image: Any) -> 
         "num_frames": frames,
         "num_inference_steps": args.sample_steps or spec.num_inference_steps,
         "guidance_scale": guidance,
-        "shift": args.sample_shift or spec.shift,
+        "shift": args.sample_shift or spec.shift_for(width, height),
         "scheduler": args.sample_solver or spec.scheduler,
         "seed": secrets.randbelow(2**32) if args.base_seed < 0 else args.base_seed,
     }
@@ -220,6 +224,8 @@ def _size(args: argparse.Namespace, checkpoint: "Checkpoint", image: Any) -> tup
     spec = checkpoint.spec
     width, height = (spec.width, spec.height) if args.size is None else _parse_size(args.size)
     step_w, step_h = checkpoint.size_steps
+    if spec.name == "i2v-14B" and args.size is None:
+        _note(f"the 480P and the 720P model look the same: {width}*{height} is assumed; --size 832*480 for the other")
     if spec.sizes and (width, height) not in spec.sizes:
         trained = " and ".join(f"{w}*{h}" for w, h in spec.sizes)
         _note(f"the model was trained for {trained}; {width}*{height} may look worse")
@@ -281,8 +287,9 @@ def _facts(args: argparse.Namespace, checkpoint: "Checkpoint", options: dict[str
     """What is stored in the video: all that is needed to make it again."""
     import mlx_wan
 
-    picture = {"image": Path(args.image).name} if args.image else {}
-    settings = {name: value for name, value in options.items() if name != "image"}
+    files = {"image": args.image, "last_image": args.last_frame}
+    picture = {name: Path(file).name for name, file in files.items() if file}
+    settings = {name: value for name, value in options.items() if name not in files}
     model = {"model": checkpoint.spec.name, "dtype": dtype.removeprefix("mlx.core.")}
     return {"prompt": args.prompt, **picture, **settings, **model, "mlx_wan": mlx_wan.__version__}
 

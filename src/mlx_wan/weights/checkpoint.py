@@ -1,21 +1,23 @@
 """What a checkpoint is: the layouts of its folder, and the parts found in one."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from mlx_wan.models.clip import ImageEncoderConfig
 from mlx_wan.models.transformer import TransformerConfig
 from mlx_wan.models.umt5 import TextEncoderConfig
 from mlx_wan.models.vae21 import VAE21Config
 from mlx_wan.models.vae22 import VAEConfig
 from mlx_wan.weights.files import INDEX_SUFFIX
-from mlx_wan.weights.identify import COMPONENTS, Identity
+from mlx_wan.weights.identify import Identity
 from mlx_wan.weights.layouts import KEEP, TURN
 from mlx_wan.weights.quantize import Quantization
 from mlx_wan.weights.tensors import TensorInfo
 from mlx_wan.zoo import ModelSpec
 
+PARTS = ("transformer", "transformer_2", "text_encoder", "image_encoder", "vae")
 EMBEDDED = Path(__file__).resolve().parent.parent / "embedded"  # the small model in this package, native layout
 
 
@@ -50,7 +52,8 @@ def _pth(stem: str) -> tuple[str, ...]:
 
 def native_layout(extra: Mapping[str, Any]) -> Layout:
     """The native layout of a model whose config.json has `extra` under "mlx_wan"."""
-    parts = [*COMPONENTS, *(("transformer_2",) if "boundary" in extra else ())]
+    optional = {"transformer_2": "boundary", "image_encoder": "image_encoder"}
+    parts = [part for part in PARTS if part not in optional or optional[part] in extra]
     return Layout("native", {part: _either(part) for part in parts} | {"tokenizer": ("tokenizer.json",)}, KEEP)
 
 
@@ -81,6 +84,8 @@ OFFICIAL_21 = Layout(
     "Wan2.1 model",
     "Wan2.1",
 )
+CLIP = "models_clip_open-clip-xlm-roberta-large-vit-huge-14"
+OFFICIAL_21_I2V = replace(OFFICIAL_21, files={**OFFICIAL_21.files, "image_encoder": _pth(CLIP)})
 EXPERT_FOLDERS = {"transformer": "high_noise_model", "transformer_2": "low_noise_model"}
 OFFICIAL_EXPERTS = Layout(
     "official",
@@ -94,7 +99,7 @@ OFFICIAL_EXPERTS = Layout(
     "Wan2.1",
     {part: f"{name}/config.json" for part, name in EXPERT_FOLDERS.items()},
 )
-LAYOUTS = (NATIVE, WAN22_MLX, OFFICIAL, OFFICIAL_21, OFFICIAL_EXPERTS)
+LAYOUTS = (NATIVE, WAN22_MLX, OFFICIAL, OFFICIAL_21, OFFICIAL_21_I2V, OFFICIAL_EXPERTS)
 
 
 @dataclass(frozen=True)
@@ -118,6 +123,7 @@ class Checkpoint:
         spec: how the model is sampled by default.
         transformer, text_encoder, vae: its parts.
         transformer_2: the low-noise expert where there are two; `transformer` is the high-noise one then.
+        image_encoder: of a model that takes image embeddings.
         tokenizer: its tokenizer.json.
         *_config: dimensions of the parts; both experts have the same.
         quantization: how its matrices are packed; None if they are not.
@@ -136,12 +142,14 @@ class Checkpoint:
     text_encoder_config: TextEncoderConfig
     vae_config: VAEConfig | VAE21Config
     transformer_2: Component | None = None
+    image_encoder: Component | None = None
+    image_encoder_config: ImageEncoderConfig | None = None
     quantization: Quantization | None = None
 
     @property
     def parts(self) -> dict[str, Component]:
         """The parts that are there, by the names of their fields."""
-        found = {name: getattr(self, name) for name in ("transformer", "transformer_2", "text_encoder", "vae")}
+        found = {name: getattr(self, name) for name in PARTS}
         return {name: part for name, part in found.items() if part is not None}
 
     @property

@@ -83,6 +83,7 @@ def _config(checkpoint: Checkpoint, how: Quantization | None) -> dict[str, Any]:
         vae=checkpoint.vae_config,
         sampling=checkpoint.spec.sampling(),
         boundary=checkpoint.spec.boundary,
+        image_encoder=checkpoint.image_encoder_config,
         quantization=how,
     )
 

@@ -9,6 +9,7 @@ from mlx.utils import tree_flatten
 
 from mlx_wan.errors import CheckpointError
 from mlx_wan.models.autoencoder import WanVAE
+from mlx_wan.models.clip import ImageEncoder, ImageEncoderConfig
 from mlx_wan.models.transformer import FLOAT32_PARAMETERS, WanTransformer
 from mlx_wan.models.umt5 import UMT5Encoder
 from mlx_wan.models.vae21 import VAE21Config, WanVAE21
@@ -37,6 +38,7 @@ def component_tensors(checkpoint: Checkpoint, name: str, dtype: mx.Dtype | None)
     modules = {
         "transformer": lambda: WanTransformer(checkpoint.transformer_config),
         "text_encoder": lambda: UMT5Encoder(checkpoint.text_encoder_config),
+        "image_encoder": lambda: ImageEncoder(checkpoint.image_encoder_config or ImageEncoderConfig()),
         "vae": lambda: make_vae(checkpoint),
     }
     return fit_tensors(checkpoint, name, modules[checkpoint.parts[name].identity.component](), dtype)

@@ -8,9 +8,15 @@ from mlx_wan.weights.layouts import official_names
 from mlx_wan.weights.shapes import FIELDS, Shape, vae_family
 from mlx_wan.zoo import RELEASES
 
-COMPONENTS = ("transformer", "text_encoder", "vae")  # kinds; a checkpoint may hold two transformers
-LABELS = {"transformer": "transformer", "text_encoder": "text encoder", "vae": "VAE"}
-WRAPPERS = ("model.diffusion_model.", "diffusion_model.")  # prefixes ComfyUI and trainers put before every name
+COMPONENTS = ("transformer", "text_encoder", "image_encoder", "vae")  # kinds; of transformers there may be two
+LABELS = {
+    "transformer": "transformer",
+    "text_encoder": "text encoder",
+    "image_encoder": "image encoder",
+    "vae": "VAE",
+}
+# Prefixes: ComfyUI and trainers put theirs before every name, CLIP before those of its image half.
+WRAPPERS = ("model.diffusion_model.", "diffusion_model.", "visual.")
 
 # Names that only one kind of model has: (start of a name, component, model). First match wins.
 MARKS: tuple[tuple[str, str, str], ...] = (
@@ -19,10 +25,8 @@ MARKS: tuple[tuple[str, str, str], ...] = (
     ("face_adapter.", "transformer", "Wan2.2 Animate-14B"),
     ("pose_patch_embedding.", "transformer", "Wan2.2 Animate-14B"),
     ("vace_blocks.", "transformer", "Wan2.1 VACE"),
-    ("img_emb.", "transformer", "Wan2.1 I2V-14B"),
     ("encoder.down_blocks.", "vae", "Wan VAE under Diffusers names"),
     ("encoder.block.0.layer.0.SelfAttention.", "text_encoder", "T5 encoder under Hugging Face names"),
-    ("visual.transformer.", "other", "CLIP image encoder"),
     ("wav2vec2.", "other", "wav2vec2 audio encoder"),
 )
 LORA_MARKS = (".lora_A.", ".lora_B.", ".lora_a", ".lora_b", ".lora_down.", ".lora_up.", "lora_unet_")
@@ -31,6 +35,7 @@ LORA_MARKS = (".lora_A.", ".lora_B.", ".lora_a", ".lora_b", ".lora_down.", ".lor
 KEYS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("transformer", ("patch_embedding.", "blocks.0.self_attn.")),
     ("text_encoder", ("blocks.0.attn.", "blocks.0.ffn.gate.")),
+    ("image_encoder", ("cls_embedding", "transformer.0.attn.to_qkv.")),
     ("vae", ("encoder.downsamples.0.downsamples.", "decoder.upsamples.0.upsamples.")),
     ("vae", ("encoder.downsamples.0.residual.", "decoder.upsamples.0.residual.")),
 )
@@ -41,7 +46,7 @@ class Identity:
     """What a file is.
 
     Attributes:
-        component: "transformer", "text_encoder", "vae", "lora", "other" or "unknown".
+        component: one of `COMPONENTS`, "lora", "other" or "unknown".
         model: its name for people, e.g. "Wan2.2 VAE" or "transformer of an unknown size".
         runs: whether it is of a kind that this package can use.
         models: the names in `zoo.MODELS` that a released transformer may belong to.
@@ -88,7 +93,8 @@ def _release(component: str, shapes: Mapping[str, Shape]) -> Identity:
     for release in RELEASES:
         if release.component == component and release.dims.items() <= fields.items():
             return Identity(component, release.name, True, release.models, family)
-    kind = {"transformer": "Wan transformer", "text_encoder": "UMT5 encoder", "vae": f"{family}-type VAE"}[component]
+    kinds = {"transformer": "Wan transformer", "text_encoder": "UMT5 encoder", "image_encoder": "CLIP image encoder"}
+    kind = kinds.get(component, f"{family}-type VAE")
     if component == "transformer" and fields["in_dim"] != fields["out_dim"]:
         kind = "image-to-video transformer"
     return Identity(component, f"{kind} of an unreleased size", runs=True, family=family)

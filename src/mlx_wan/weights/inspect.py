@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from mlx_wan.errors import CheckpointError, UserError
-from mlx_wan.weights.checkpoint import EMBEDDED, Layout
+from mlx_wan.weights.checkpoint import EMBEDDED, PARTS, Layout
 from mlx_wan.weights.files import INDEX_SUFFIX, TENSOR_SUFFIXES, read_index, read_metadata, read_tensors
-from mlx_wan.weights.identify import COMPONENTS, LABELS, Identity, identify
+from mlx_wan.weights.identify import LABELS, Identity, identify
 from mlx_wan.weights.locate import layout_of
 from mlx_wan.weights.tensors import TensorInfo
 
@@ -193,7 +193,7 @@ def _part(identity: Identity, group: Mapping[str, TensorInfo], layout: Layout | 
 
 def _components(rows: list[dict[str, Any]], parts: list[str], identities: list[Identity]) -> dict[str, Any]:
     summary = {}
-    for component in dict.fromkeys(("transformer", "transformer_2", *COMPONENTS, *parts)):
+    for component in dict.fromkeys((*PARTS, *parts)):
         own = [row for row in rows if row["component"] == component]
         if not own:
             continue

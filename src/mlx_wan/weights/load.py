@@ -7,13 +7,22 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_wan.models.autoencoder import WanVAE
+from mlx_wan.models.clip import ImageEncoder
 from mlx_wan.models.transformer import WanTransformer
 from mlx_wan.models.umt5 import UMT5Encoder
 from mlx_wan.weights.checkpoint import Checkpoint
 from mlx_wan.weights.fit import fit_tensors, make_vae
 from mlx_wan.weights.locate import locate
 
-__all__ = ["Checkpoint", "load_text_encoder", "load_transformer", "load_vae", "locate", "tokenizer_path"]
+__all__ = [
+    "Checkpoint",
+    "load_image_encoder",
+    "load_text_encoder",
+    "load_transformer",
+    "load_vae",
+    "locate",
+    "tokenizer_path",
+]
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -32,6 +41,12 @@ def load_transformer(checkpoint: Checkpoint, dtype: mx.Dtype, part: str = "trans
 def load_text_encoder(checkpoint: Checkpoint, dtype: mx.Dtype) -> UMT5Encoder:
     """The text encoder, evaluated, all of it in `dtype`. Raises as `load_transformer`."""
     return _fill(checkpoint, "text_encoder", UMT5Encoder(checkpoint.text_encoder_config), dtype)
+
+
+def load_image_encoder(checkpoint: Checkpoint, dtype: mx.Dtype) -> ImageEncoder:
+    """The image encoder of a model that has one, evaluated, all of it in `dtype`. Raises as `load_transformer`."""
+    assert checkpoint.image_encoder_config is not None
+    return _fill(checkpoint, "image_encoder", ImageEncoder(checkpoint.image_encoder_config), dtype)
 
 
 def load_vae(checkpoint: Checkpoint) -> WanVAE:

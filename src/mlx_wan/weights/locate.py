@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_wan.errors import CheckpointError, UserError, WanError
+from mlx_wan.models.clip import ImageEncoderConfig
 from mlx_wan.models.transformer import TransformerConfig
 from mlx_wan.models.umt5 import TextEncoderConfig
 from mlx_wan.models.vae21 import VAE21Config
@@ -20,6 +21,7 @@ from mlx_wan.weights.checkpoint import (
     NATIVE,
     OFFICIAL,
     OFFICIAL_21,
+    OFFICIAL_21_I2V,
     OFFICIAL_EXPERTS,
     WAN22_MLX,
     Checkpoint,
@@ -32,11 +34,18 @@ from mlx_wan.weights.fit import component_tensors
 from mlx_wan.weights.identify import LABELS, identify
 from mlx_wan.weights.layouts import official_names
 from mlx_wan.weights.quantize import Quantization
-from mlx_wan.weights.shapes import PATCH_SIZE, text_encoder_fields, transformer_fields, vae_fields
+from mlx_wan.weights.shapes import (
+    PATCH_SIZE,
+    image_encoder_fields,
+    text_encoder_fields,
+    transformer_fields,
+    vae_fields,
+)
+from mlx_wan.weights.tensors import TensorInfo
 from mlx_wan.zoo import LATENT_STATISTICS, LATENTS_MEAN, MODELS, SAMPLING_TYPES, ModelSpec
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-MODEL_TYPES = ("t2v", "ti2v", "i2v")  # of the transformers that run, in config.json
+MODEL_TYPES = ("t2v", "ti2v", "i2v", "flf2v")  # of the transformers that run, in config.json
 VAE_CONFIGS = {"Wan2.2": VAEConfig, "Wan2.1": VAE21Config}
 
 
@@ -147,8 +156,10 @@ def layout_of(folder: Path, config: Mapping[str, Any]) -> Layout | None:
 def _official(folder: Path, config: Mapping[str, Any]) -> Layout:
     """The official layout of a model with one transformer: Wan2.2's, whose latents are wider, or Wan2.1's."""
     if config:
-        wan22 = config.get("model_type") == "ti2v" or config.get("out_dim") == len(LATENTS_MEAN)
-        return OFFICIAL if wan22 else OFFICIAL_21
+        kind = config.get("model_type")
+        if kind == "ti2v" or config.get("out_dim") == len(LATENTS_MEAN):
+            return OFFICIAL
+        return OFFICIAL_21_I2V if kind in ("i2v", "flf2v") else OFFICIAL_21
     return (
         OFFICIAL_21
         if _find(folder, OFFICIAL_21.files["vae"]) and not _find(folder, OFFICIAL.files["vae"])
@@ -166,10 +177,17 @@ def _missing(folder: Path, layout: Layout) -> list[str]:
         path = _find(folder, names)
         if path is None:
             missing.append(" or ".join(names))
-        elif path.name.endswith(INDEX_SUFFIX):
-            shards = {file.name for file in read_index(path, must_exist=False).values()}
-            missing += sorted(name for name in shards if not path.with_name(name).is_file())
+        else:
+            missing += _missing_shards(path)
     return missing
+
+
+def _missing_shards(path: Path) -> list[str]:
+    """Of an index the files that are not there; nothing of a whole file."""
+    if not path.name.endswith(INDEX_SUFFIX):
+        return []
+    shards = {file.name for file in read_index(path, must_exist=False).values()}
+    return sorted(name for name in shards if not path.with_name(name).is_file())
 
 
 def _missing_message(folder: Path, layout: Layout, missing: list[str]) -> str:
@@ -193,6 +211,8 @@ def _read_folder(folder: Path) -> Checkpoint:
     layout = layout_of(folder, config) or _official(folder, config)
     config_file = folder / layout.configs["transformer"]
     extra = _native_extra(config_file, config)
+    if layout is OFFICIAL_21_I2V:
+        _check_no_lone_expert(folder, layout)
     if missing := _missing(folder, layout):
         raise CheckpointError(_missing_message(folder, layout, missing))
     paths = {part: _find(folder, names) or folder for part, names in layout.files.items()}
@@ -202,7 +222,8 @@ def _read_folder(folder: Path) -> Checkpoint:
         raise CheckpointError(f"{parts['transformer_2'].path}: is of another size than the high-noise expert")
     text_encoder = _text_encoder_config(config_file, extra.get("text_encoder"), parts["text_encoder"])
     vae = _vae_config(config_file, extra.get("vae"), parts["vae"])
-    _check_fit(folder, transformer, text_encoder, vae)
+    image_encoder = _image_encoder_config(config_file, extra.get("image_encoder"), parts.get("image_encoder"))
+    _check_fit(folder, transformer, text_encoder, image_encoder, vae)
     kind, spec = _spec(config_file, extra, parts, transformer, vae)
     checkpoint = Checkpoint(
         layout=layout,
@@ -214,12 +235,26 @@ def _read_folder(folder: Path) -> Checkpoint:
         tokenizer=paths["tokenizer"],
         transformer_config=transformer,
         text_encoder_config=text_encoder,
+        image_encoder_config=image_encoder,
         vae_config=vae,
         quantization=Quantization.from_config(extra["quantization"]) if "quantization" in extra else None,
     )
     for part in checkpoint.parts:
         component_tensors(checkpoint, part, None)
     return checkpoint
+
+
+def _check_no_lone_expert(folder: Path, layout: Layout) -> None:
+    """What I2V-A14B's experts lack, Wan2.1's transformers have: an embedding of image tokens."""
+    path = _find(folder, layout.files["transformer"])
+    if path is None or _missing_shards(path):
+        return
+    shapes = {name: info.shape for name, info in read_tensors(path).items()}
+    if not any(name.startswith("img_emb.") for name in shapes):
+        raise CheckpointError(
+            f"{path}: is {identify(shapes).model}, without another expert or image tokens; an A14B model has "
+            f"its experts in {' and '.join(EXPERT_FOLDERS.values())}"
+        )
 
 
 def _native_extra(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -229,7 +264,8 @@ def _native_extra(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     extra = config["mlx_wan"]
     if not isinstance(extra, dict) or extra.get("format") != 1 or not isinstance(extra.get("model"), str):
         raise CheckpointError(f"{path}: not a native format this version reads; convert the model again")
-    if unknown := extra.keys() - {"format", "model", "boundary", "vae", "text_encoder", "sampling", "quantization"}:
+    known = {"format", "model", "boundary", "vae", "text_encoder", "image_encoder", "sampling", "quantization"}
+    if unknown := extra.keys() - known:
         raise CheckpointError(f"{path}: unexpected entries under mlx_wan: {', '.join(sorted(unknown))}")
     if "boundary" in extra and not (type(extra["boundary"]) is float and 0 < extra["boundary"] < 1):
         raise CheckpointError(f"{path}: mlx_wan.boundary cannot be {extra['boundary']!r}; it must be between 0 and 1")
@@ -245,8 +281,19 @@ def _read_component(path: Path, part: str, layout: Layout) -> Component:
     other_vae = component == "vae" and layout.vae not in (None, identity.family)
     if identity.component != component or not identity.runs or other_vae:
         raise CheckpointError(f"{path}: is {identity.model}, not the {LABELS[component]} of a {layout.model}")
+    if component == "image_encoder":
+        return Component(path, _image_half(path, tensors), identity)
     renamed = official_names(tensors)
     return Component(path, {renamed[name]: info for name, info in tensors.items()}, identity)
+
+
+def _image_half(path: Path, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """CLIP's image encoder without its text encoder, which the official file holds too."""
+    own = {name.removeprefix("visual."): info for name, info in tensors.items() if name.startswith("visual.")}
+    rest = [name for name in tensors if not name.startswith(("visual.", "textual.")) and name != "log_scale"]
+    if own and rest:
+        raise CheckpointError(f"{path}: does not fit the image encoder: unexpected {rest[0]}")
+    return own or dict(tensors)
 
 
 def _shapes(part: Component) -> dict[str, tuple[int, ...]]:
@@ -294,6 +341,25 @@ def _text_encoder_config(path: Path, given: Any, part: Component) -> TextEncoder
     return TextEncoderConfig(**found)
 
 
+def _image_encoder_config(path: Path, given: Any, part: Component | None) -> ImageEncoderConfig | None:
+    if part is None:
+        return None
+    try:
+        found = image_encoder_fields(_shapes(part))
+    except CheckpointError as error:
+        raise CheckpointError(f"{part.path}: {error}") from error
+    given = _section(path, "image_encoder", given, ImageEncoderConfig)
+    _agree(path, given, found, part.path)
+    # Tensors do not tell the heads; those of ViT-H are 80 wide.
+    rest = {"num_heads": max(found["dim"] // 80, 1), "eps": ImageEncoderConfig.eps}
+    rest |= {name: given[name] for name in rest if name in given}
+    if type(rest["num_heads"]) is not int or rest["num_heads"] <= 0 or found["dim"] % rest["num_heads"]:
+        raise CheckpointError(f"{path}: {rest['num_heads']!r} heads do not divide the image encoder's {found['dim']}")
+    if not isinstance(rest["eps"], float) or rest["eps"] <= 0:
+        raise CheckpointError(f"{path}: eps of the image encoder cannot be {rest['eps']!r}")
+    return ImageEncoderConfig(**found, **rest)
+
+
 def _vae_config(path: Path, given: Any, part: Component) -> VAEConfig | VAE21Config:
     try:
         found = vae_fields(_shapes(part))
@@ -329,7 +395,11 @@ def _section(path: Path, name: str, given: Any, config: type) -> dict[str, Any]:
 
 
 def _check_fit(
-    folder: Path, transformer: TransformerConfig, text_encoder: TextEncoderConfig, vae: VAEConfig | VAE21Config
+    folder: Path,
+    transformer: TransformerConfig,
+    text_encoder: TextEncoderConfig,
+    image_encoder: ImageEncoderConfig | None,
+    vae: VAEConfig | VAE21Config,
 ) -> None:
     """The parts must be made for each other."""
     # What a picture adds: its latents, and a mask with a channel for each frame that one latent stands for.
@@ -344,6 +414,12 @@ def _check_fit(
             f"{folder}: the transformer wants text of width {transformer.text_dim}, "
             f"but the text encoder makes {text_encoder.dim}"
         )
+    width, tokens = (image_encoder.dim, 2 * image_encoder.num_tokens) if image_encoder else (0, 0)
+    if transformer.image_dim != width or transformer.image_positions not in (0, tokens):
+        raise CheckpointError(
+            f"{folder}: the transformer wants image tokens of width {transformer.image_dim}, "
+            f"but the image encoder makes {width or 'none'}"
+        )
 
 
 def _spec(
@@ -356,7 +432,10 @@ def _spec(
     """Which of `MODELS` it is or is like, and that model or, for others, one that is sampled like it unless
     config.json says otherwise."""
     family = parts["vae"].identity.family or ""
-    task = "i2v" if transformer.in_dim != transformer.out_dim else {"Wan2.2": "ti2v", "Wan2.1": "t2v"}[family]
+    if transformer.in_dim != transformer.out_dim:
+        task = "flf2v" if transformer.image_positions else "i2v"
+    else:
+        task = {"Wan2.2": "ti2v", "Wan2.1": "t2v"}[family]
     traits = (task, family, "transformer_2" in parts)
     alike = [spec for spec in MODELS.values() if spec.traits == traits]
     if not alike:

@@ -20,10 +20,12 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_wan.errors import WanError
+from mlx_wan.models.clip import ImageEncoderConfig
 from mlx_wan.models.transformer import TransformerConfig, WanTransformer
 from mlx_wan.models.umt5 import TextEncoderConfig, UMT5Encoder
 from mlx_wan.models.vae21 import VAE21Config, WanVAE21
 from mlx_wan.models.vae22 import VAEConfig, WanVAE22
+from mlx_wan.weights.checkpoint import PARTS
 from mlx_wan.weights.files import INDEX_SUFFIX, SAFETENSORS_DTYPES
 from mlx_wan.weights.quantize import Quantization
 from mlx_wan.weights.tensors import DTYPES, TensorInfo, dtype_name
@@ -84,6 +86,7 @@ def native_config(
     vae: VAEConfig | VAE21Config,
     sampling: Mapping[str, Any],
     boundary: float | None = None,
+    image_encoder: ImageEncoderConfig | None = None,
     quantization: Quantization | None = None,
 ) -> dict[str, Any]:
     """The config.json of the native layout: the official transformer fields, and the rest under "mlx_wan"."""
@@ -95,11 +98,13 @@ def native_config(
         **({} if boundary is None else {"boundary": boundary}),
         "vae": asdict(vae),
         "text_encoder": asdict(text_encoder),
+        **({} if image_encoder is None else {"image_encoder": asdict(image_encoder)}),
         "sampling": dict(sampling),
     }
     if quantization is not None:
         extra["quantization"] = asdict(quantization)
-    return {"_class_name": "WanModel", **asdict(transformer), "mlx_wan": extra}
+    fields = {name: value for name, value in asdict(transformer).items() if not name.startswith("image_")}
+    return {"_class_name": "WanModel", **fields, "mlx_wan": extra}
 
 
 def write_native(
@@ -134,7 +139,7 @@ def _write(path: Path, data: bytes) -> None:
 
 def remove_tensors(folder: Path) -> None:
     """Deletes the tensor files of a native model, and nothing else, from `folder`."""
-    for stem in ("transformer", "transformer_2", "text_encoder", "vae"):
+    for stem in PARTS:
         for pattern in (f"{stem}.safetensors", f"{stem}-?????-of-?????.safetensors", f"{stem}{INDEX_SUFFIX}"):
             for file in folder.glob(pattern):
                 file.unlink()

@@ -41,6 +41,23 @@ def transformer_fields(shapes: Shapes, patch_size: Shape = PATCH_SIZE) -> dict[s
         "num_layers": count(shapes, "blocks."),
         "qk_norm": "blocks.0.self_attn.norm_q.weight" in shapes,
         "cross_attn_norm": "blocks.0.norm3.weight" in shapes,
+        "image_dim": _shape(shapes, "img_emb.proj.1.weight", 2)[1] if _any(shapes, "img_emb.") else 0,
+        "image_positions": _shape(shapes, "img_emb.emb_pos", 3)[1] if "img_emb.emb_pos" in shapes else 0,
+    }
+
+
+def image_encoder_fields(shapes: Shapes) -> dict[str, Any]:
+    """The fields of an ImageEncoderConfig but for its heads. Raises CheckpointError as `transformer_fields`."""
+    patch = _shape(shapes, "patch_embedding.weight", 4)
+    patch_size = patch[2]  # (O, I, p, p) or (O, p, p, I)
+    patches = _shape(shapes, "pos_embedding", 3)[1] - 1
+    return {
+        "image_size": math.isqrt(patches) * patch_size,
+        "patch_size": patch_size,
+        "dim": patch[0],
+        "ffn_dim": _shape(shapes, "transformer.0.mlp.0.weight", 2)[0],
+        "out_dim": _shape(shapes, "head", 2)[1],
+        "num_layers": count(shapes, "transformer."),
     }
 
 
@@ -66,7 +83,7 @@ def vae_fields(shapes: Shapes) -> dict[str, Any]:
 
 def vae_family(shapes: Shapes) -> str:
     """ "Wan2.2", whose stages are lists within a list, or "Wan2.1", where they are one flat list."""
-    return "Wan2.2" if any(name.startswith("encoder.downsamples.0.downsamples.") for name in shapes) else "Wan2.1"
+    return "Wan2.2" if _any(shapes, "encoder.downsamples.0.downsamples.") else "Wan2.1"
 
 
 def _vae22_fields(shapes: Shapes) -> dict[str, Any]:
@@ -106,7 +123,12 @@ def _vae21_fields(shapes: Shapes) -> dict[str, Any]:
     }
 
 
-FIELDS = {"transformer": transformer_fields, "text_encoder": text_encoder_fields, "vae": vae_fields}
+FIELDS = {
+    "transformer": transformer_fields,
+    "text_encoder": text_encoder_fields,
+    "image_encoder": image_encoder_fields,
+    "vae": vae_fields,
+}
 
 
 def count(shapes: Shapes, prefix: str) -> int:
@@ -121,6 +143,10 @@ def count(shapes: Shapes, prefix: str) -> int:
         gap = min(set(range(len(numbers) + 1)) - numbers)
         raise CheckpointError(f"missing tensors {prefix}{gap}.*")
     return len(numbers)
+
+
+def _any(shapes: Shapes, prefix: str) -> bool:
+    return any(name.startswith(prefix) for name in shapes)
 
 
 def _shape(shapes: Shapes, name: str, ndim: int) -> Shape:
