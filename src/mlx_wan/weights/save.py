@@ -137,10 +137,11 @@ def module_tensors(module: nn.Module, dtype: mx.Dtype | None = None) -> list[Ten
     if any(isinstance(layer, nn.QuantizedLinear) for layer in module.modules()):
         raise ValueError("a quantized module cannot be saved; save the original and convert it with bits=")
     parameters: dict[str, mx.array] = dict(tree_flatten(module.parameters()))  # pyright: ignore[reportArgumentType]
-    return [_parameter(name, array, dtype) for name, array in parameters.items()]
+    return [array_tensor(name, array, dtype) for name, array in parameters.items()]
 
 
-def _parameter(name: str, array: mx.array, dtype: mx.Dtype | None) -> TensorInfo:
+def array_tensor(name: str, array: mx.array, dtype: mx.Dtype | None = None) -> TensorInfo:
+    """An array dressed as a tensor of a file, in `dtype` if one is given and it holds floats."""
     target = dtype if dtype is not None and mx.issubdtype(array.dtype, mx.floating) else array.dtype
     nbytes = array.size * target.size
     return TensorInfo(name, tuple(array.shape), dtype_name(target), nbytes, Path(), lambda: array.astype(target))
