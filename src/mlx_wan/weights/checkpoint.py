@@ -67,7 +67,17 @@ OFFICIAL = Layout(
     ),
     TURN,
 )
-LAYOUTS = (NATIVE, WAN22_MLX, OFFICIAL)
+DIFFUSERS = Layout(
+    "Diffusers",
+    _files(
+        "transformer/diffusion_pytorch_model",
+        ("text_encoder/model.safetensors", f"text_encoder/model{INDEX_SUFFIX}"),
+        ("vae/diffusion_pytorch_model.safetensors", f"vae/diffusion_pytorch_model{INDEX_SUFFIX}"),
+        "tokenizer/tokenizer.json",
+    ),
+    TURN,
+)
+LAYOUTS = (NATIVE, WAN22_MLX, OFFICIAL, DIFFUSERS)
 
 
 @dataclass(frozen=True)
@@ -106,6 +116,10 @@ class Checkpoint:
     text_encoder_config: TextEncoderConfig
     vae_config: VAEConfig
     quantization: Quantization | None = None
+
+    def tokenizer_json(self) -> bytes:
+        """What its tokenizer.json holds."""
+        return self.tokenizer.read_bytes()
 
     @property
     def size_steps(self) -> tuple[int, int]:

@@ -12,7 +12,18 @@ from mlx_wan.errors import CheckpointError, UserError, WanError
 from mlx_wan.models.transformer import TransformerConfig
 from mlx_wan.models.umt5 import TextEncoderConfig
 from mlx_wan.models.vae22 import VAEConfig
-from mlx_wan.weights.checkpoint import EMBEDDED, LAYOUTS, NATIVE, OFFICIAL, WAN22_MLX, Checkpoint, Component, Layout
+from mlx_wan.weights.checkpoint import (
+    DIFFUSERS,
+    EMBEDDED,
+    LAYOUTS,
+    NATIVE,
+    OFFICIAL,
+    WAN22_MLX,
+    Checkpoint,
+    Component,
+    Layout,
+)
+from mlx_wan.weights.diffusers import INDEX, read_configs
 from mlx_wan.weights.files import INDEX_SUFFIX, TENSOR_SUFFIXES, read_index, read_tensors
 from mlx_wan.weights.fit import component_tensors
 from mlx_wan.weights.identify import COMPONENTS, LABELS, identify
@@ -60,9 +71,13 @@ def _download(hub_id: str) -> Path:
     wanted += [name.replace(".safetensors", "-*-of-*.safetensors") for name in wanted if name.endswith("safetensors")]
     try:
         # First the small file that tells what it is: another model is refused before its gigabytes arrive.
-        folder = Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=["config.json", "model_index.json"]))
-        _read_config(folder)
-        return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=["config.json", *wanted]))
+        small = ["config.json", INDEX, "*/config.json"]
+        folder = Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=small))
+        if not (folder / INDEX).is_file():
+            _read_config(folder)
+        else:
+            read_configs(folder)
+        return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=[*small, *wanted]))
     except (HfHubHTTPError, OSError, ValueError) as error:
         if isinstance(error, WanError):
             raise
@@ -77,8 +92,6 @@ def _read_config(folder: Path) -> dict[str, Any]:
     """config.json, once it is clear that it describes a model this package runs."""
     if (folder / "high_noise_model").is_dir() or (folder / "low_noise_model").is_dir():
         raise CheckpointError(f"{folder}: is a two-expert Wan2.2 A14B model, which is not supported; use TI2V-5B")
-    if (folder / "model_index.json").is_file():
-        raise CheckpointError(f"{folder}: is in the Diffusers layout, which is not supported; use the official one")
     path = folder / "config.json"
     if not path.is_file():
         if any((folder / name).is_file() for name in NATIVE.files["transformer"]):
@@ -112,6 +125,8 @@ def layout_of(folder: Path, config: Mapping[str, Any]) -> Layout | None:
     """The layout that `folder` has, at least in part; None if it has nothing of any."""
     if "mlx_wan" in config:
         return NATIVE
+    if (folder / INDEX).is_file():
+        return DIFFUSERS
     for layout in (WAN22_MLX, OFFICIAL, NATIVE):
         if any((folder / name).is_file() for part in COMPONENTS for name in layout.files[part]):
             return layout
@@ -150,14 +165,11 @@ def _missing_message(folder: Path, layout: Layout, missing: list[str]) -> str:
 
 
 def _read_folder(folder: Path) -> Checkpoint:
-    config = _read_config(folder)
-    layout = layout_of(folder, config) or OFFICIAL
+    config, extra, config_file, layout = _read_configs(folder)
     if missing := _missing(folder, layout):
         raise CheckpointError(_missing_message(folder, layout, missing))
     paths = {part: _find(folder, names) or folder for part, names in layout.files.items()}
     parts = {name: _read_component(paths[name], name) for name in COMPONENTS}
-    config_file = folder / "config.json"
-    extra = _native_extra(config_file, config)
     transformer = _transformer_config(config_file, config, parts["transformer"])
     text_encoder = _text_encoder_config(config_file, extra.get("text_encoder"), parts["text_encoder"])
     vae = _vae_config(config_file, extra.get("vae"), parts["vae"])
@@ -177,6 +189,16 @@ def _read_folder(folder: Path) -> Checkpoint:
     for component in COMPONENTS:
         component_tensors(checkpoint, component, None)
     return checkpoint
+
+
+def _read_configs(folder: Path) -> tuple[dict[str, Any], dict[str, Any], Path, Layout]:
+    """The transformer's config, what is said of the other parts, the file to blame for it, and the layout."""
+    if (folder / INDEX).is_file():
+        config, extra = read_configs(folder)
+        return config, extra, folder / INDEX, DIFFUSERS
+    config = _read_config(folder)
+    path = folder / "config.json"
+    return config, _native_extra(path, config), path, layout_of(folder, config) or OFFICIAL
 
 
 def _native_extra(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
