@@ -99,7 +99,20 @@ OFFICIAL_EXPERTS = Layout(
     "Wan2.1",
     {part: f"{name}/config.json" for part, name in EXPERT_FOLDERS.items()},
 )
-LAYOUTS = (NATIVE, WAN22_MLX, OFFICIAL, OFFICIAL_21, OFFICIAL_21_I2V, OFFICIAL_EXPERTS)
+DIFFUSERS = Layout(
+    "Diffusers",
+    {
+        "transformer": _either("transformer/diffusion_pytorch_model"),
+        "text_encoder": _either("text_encoder/model"),
+        "vae": _either("vae/diffusion_pytorch_model"),
+        "tokenizer": ("tokenizer/tokenizer.json",),
+    },
+    TURN,
+    "Wan2.2 TI2V model",
+    "Wan2.2",
+    {},
+)
+LAYOUTS = (NATIVE, WAN22_MLX, OFFICIAL, OFFICIAL_21, OFFICIAL_21_I2V, OFFICIAL_EXPERTS, DIFFUSERS)
 
 
 @dataclass(frozen=True)
@@ -145,6 +158,10 @@ class Checkpoint:
     image_encoder: Component | None = None
     image_encoder_config: ImageEncoderConfig | None = None
     quantization: Quantization | None = None
+
+    def tokenizer_json(self) -> bytes:
+        """What its tokenizer.json holds."""
+        return self.tokenizer.read_bytes()
 
     @property
     def parts(self) -> dict[str, Component]:

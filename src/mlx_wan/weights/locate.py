@@ -15,6 +15,7 @@ from mlx_wan.models.umt5 import TextEncoderConfig
 from mlx_wan.models.vae21 import VAE21Config
 from mlx_wan.models.vae22 import VAEConfig
 from mlx_wan.weights.checkpoint import (
+    DIFFUSERS,
     EMBEDDED,
     EXPERT_FOLDERS,
     LAYOUTS,
@@ -29,6 +30,7 @@ from mlx_wan.weights.checkpoint import (
     Layout,
     native_layout,
 )
+from mlx_wan.weights.diffusers import INDEX, read_configs
 from mlx_wan.weights.files import INDEX_SUFFIX, TENSOR_SUFFIXES, read_index, read_tensors
 from mlx_wan.weights.fit import component_tensors
 from mlx_wan.weights.identify import LABELS, identify
@@ -69,7 +71,8 @@ def locate(where: str | Path) -> Checkpoint:
         return _read_folder(folder)
     if folder.is_file():
         identity = identify({name: info.shape for name, info in read_tensors(folder).items()})
-        raise UserError(f"{folder}: is a single file ({identity.model}); give the folder of a whole checkpoint")
+        hint = "give it to --lora" if identity.component == "lora" else "give the folder of a whole checkpoint"
+        raise UserError(f"{folder}: is a single file ({identity.model}); {hint}")
     if HUB_ID.fullmatch(str(where)):
         return _read_folder(_download(str(where)))
     raise UserError(f'{folder}: no such folder (a checkpoint folder, a Hub id, or "tiny" is needed)')
@@ -80,13 +83,16 @@ def _download(hub_id: str) -> Path:
     import huggingface_hub  # slow to import, and only needed here
     from huggingface_hub.errors import HfHubHTTPError
 
-    small = ["model_index.json", *dict.fromkeys(name for layout in LAYOUTS for name in layout.configs.values())]
+    small = ["config.json", INDEX, "*/config.json"]
     wanted = [name for layout in LAYOUTS for names in layout.files.values() for name in names]
     wanted += [name.replace(".safetensors", "-*-of-*.safetensors") for name in wanted if name.endswith("safetensors")]
     try:
         # First the small files that tell what it is: another model is refused before its gigabytes arrive.
         folder = Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=small))
-        _read_config(folder)
+        if not (folder / INDEX).is_file():
+            _read_config(folder)
+        else:
+            read_configs(folder)
         return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=[*small, *wanted]))
     except (HfHubHTTPError, OSError, ValueError) as error:
         if isinstance(error, WanError):
@@ -100,8 +106,6 @@ def _download(hub_id: str) -> Path:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     """The transformer's config.json, once it is clear that it describes a model this package runs."""
-    if (folder / "model_index.json").is_file():
-        raise CheckpointError(f"{folder}: is in the Diffusers layout, which is not supported; use the official one")
     if _has_experts(folder):
         layout = OFFICIAL_EXPERTS
     elif folder.name in EXPERT_FOLDERS.values() and _has_experts(folder.parent):
@@ -144,6 +148,8 @@ def layout_of(folder: Path, config: Mapping[str, Any]) -> Layout | None:
     if "mlx_wan" in config:
         extra = config["mlx_wan"]
         return native_layout(extra if isinstance(extra, dict) else {})
+    if (folder / INDEX).is_file():
+        return DIFFUSERS
     if _has_experts(folder):
         return OFFICIAL_EXPERTS
     for layout in (WAN22_MLX, _official(folder, config), NATIVE):
@@ -207,10 +213,7 @@ def _missing_message(folder: Path, layout: Layout, missing: list[str]) -> str:
 
 
 def _read_folder(folder: Path) -> Checkpoint:
-    config = _read_config(folder)
-    layout = layout_of(folder, config) or _official(folder, config)
-    config_file = folder / layout.configs["transformer"]
-    extra = _native_extra(config_file, config)
+    config, extra, config_file, layout = _read_configs(folder)
     if layout is OFFICIAL_21_I2V:
         _check_no_lone_expert(folder, layout)
     if missing := _missing(folder, layout):
@@ -255,6 +258,17 @@ def _check_no_lone_expert(folder: Path, layout: Layout) -> None:
             f"{path}: is {identify(shapes).model}, without another expert or image tokens; an A14B model has "
             f"its experts in {' and '.join(EXPERT_FOLDERS.values())}"
         )
+
+
+def _read_configs(folder: Path) -> tuple[dict[str, Any], dict[str, Any], Path, Layout]:
+    """The transformer's config, what is said of the other parts, the file to blame for it, and the layout."""
+    if (folder / INDEX).is_file():
+        config, extra = read_configs(folder)
+        return config, extra, folder / INDEX, DIFFUSERS
+    config = _read_config(folder)
+    layout = layout_of(folder, config) or _official(folder, config)
+    path = folder / layout.configs["transformer"]
+    return config, _native_extra(path, config), path, layout
 
 
 def _native_extra(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
