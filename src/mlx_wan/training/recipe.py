@@ -155,6 +155,8 @@ def _check_dimensions(transformer: TransformerConfig, text: TextEncoderConfig) -
         raise UserError(f"transformer.freq_dim is {transformer.freq_dim}; it must be even")
     if min(transformer.patch_size) < 1 or transformer.patch_size[0] != 1:
         raise UserError(f"transformer.patch_size is {list(transformer.patch_size)}; it must be [1, rows, columns]")
+    if transformer.image_dim or transformer.image_positions:
+        raise UserError("transformer.image_dim and image_positions must be 0: no stage trains with image tokens")
     if transformer.in_dim != transformer.out_dim:
         raise UserError(f"transformer.in_dim is {transformer.in_dim} and out_dim {transformer.out_dim}: must be equal")
     if transformer.text_dim != text.dim:
