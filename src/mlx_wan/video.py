@@ -3,7 +3,7 @@
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -22,6 +22,7 @@ _CONTAINERS = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska"}
 _BT709 = 1  # the code point of primaries, transfer and matrix in H.264
 _ITU709 = 1  # the same matrix by swscale's own numbering
 _LIMITED_RANGE = 1
+SHEET_FRAMES, _GAP = 6, 4  # of a contact sheet: frames a row, pixels between them
 _VIDEO_ERRORS = (OSError, FFmpegError, ValueError)
 
 
@@ -144,6 +145,28 @@ class VideoWriter:
 
     def _failed(self, error: Exception) -> WanError:
         return WanError(f"{self.path}: writing the video failed: {getattr(error, 'strerror', None) or error}")
+
+
+def write_sheet(path: str | Path, clips: Iterable[np.ndarray]) -> None:
+    """A PNG with a row for each clip, uint8 (T, H, W, 3): SHEET_FRAMES frames from its first to its last.
+
+    Narrower rows are filled up with grey. WanError if it cannot be written.
+    """
+    path, rows = Path(path), []
+    for clip in clips:
+        chosen = clip[np.linspace(0, len(clip) - 1, SHEET_FRAMES).round().astype(int)]
+        padded = np.pad(chosen, ((0, 0), (_GAP, 0), (_GAP, 0), (0, 0)), constant_values=128)
+        rows.append(np.concatenate(list(padded), axis=1))
+    width = max(row.shape[1] for row in rows)
+    rows = [np.pad(row, ((0, 0), (0, width - row.shape[1]), (0, 0)), constant_values=128) for row in rows]
+    partial = path.with_name(f".mlx-wan-{os.getpid()}.partial")
+    try:
+        Image.fromarray(np.concatenate(rows)).save(partial, format="PNG")
+        os.replace(partial, path)
+    except OSError as error:
+        raise WanError(f"{path}: writing the picture failed: {error.strerror or error}") from None
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 # --- reading -------------------------------------------------------------------------------------------------

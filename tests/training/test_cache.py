@@ -90,7 +90,7 @@ def test_a_damaged_file_is_made_again(tmp_path, model, data, damage):
 
 def test_a_write_that_fails_leaves_no_file(tmp_path, model, data):
     (tmp_path / "cache").write_text("in the way")
-    with pytest.raises(WanError, match="cannot be written .*choose another --cache"):
+    with pytest.raises(WanError, match=r"cannot be written .*choose another --cache"):
         fill(tmp_path, model, plan(data))
 
 

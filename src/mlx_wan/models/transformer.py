@@ -12,6 +12,7 @@ from functools import lru_cache
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.nn.utils import checkpoint
 
 from .layers import GELU, SiLU, attend, run_layers
 
@@ -209,11 +210,14 @@ class WanTransformer(nn.Module):
     Args:
         config: dimensions.
         dtype: what attention and feed-forward matmuls compute in; their weights should have it too.
+
+    Attributes:
+        checkpointing: for training: a block keeps only its input, and is computed again when its gradient is.
     """
 
     def __init__(self, config: TransformerConfig, dtype: mx.Dtype = mx.float32):
         super().__init__()
-        self.config, self.dtype = config, dtype
+        self.config, self.dtype, self.checkpointing = config, dtype, False
         self.patch_embedding = PatchEmbedding(config, dtype)
         self.text_embedding = [
             nn.Linear(config.text_dim, config.dim),
@@ -246,7 +250,8 @@ class WanTransformer(nn.Module):
         context = run_layers(self.text_embedding, context.astype(self.dtype))
         rope = rope_table(grid, config.dim // config.num_heads)
         for block in self.blocks:
-            x = block(x, context, modulation, rope)
+            run = checkpoint(block) if self.checkpointing else block
+            x = run(x, context, modulation, rope)
         return unpatchify(self.head(x, time), grid, config.patch_size)
 
     def token_grid(self, shape: tuple[int, ...]) -> tuple[int, int, int]:

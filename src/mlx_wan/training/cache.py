@@ -56,10 +56,10 @@ class Cache:
         report: Callable[[int, int, str], None] = lambda done, total, what: None,
     ):
         self.folder, self.checkpoint, self.dtype, self.report = folder, checkpoint, dtype, report
-        self._vae = _encoder_print(checkpoint, "vae", asdict(checkpoint.vae_config))
+        self._vae = component_print(checkpoint, "vae", asdict(checkpoint.vae_config))
         text = [asdict(checkpoint.text_encoder_config), str(dtype), _digest(checkpoint.tokenizer)]
         text += [checkpoint.transformer_config.text_len, str(checkpoint.quantization)]
-        self._text = _encoder_print(checkpoint, "text_encoder", text)
+        self._text = component_print(checkpoint, "text_encoder", text)
 
     def fill(self, clips: list[Clip], texts: Iterable[str]) -> Cached:
         """Computes what is missing, clips first, with one encoder in memory at a time.
@@ -71,8 +71,8 @@ class Cache:
         digests = self._digests(clips, cached.skipped)
         files = {clip: self._clip_file(clip, digests[path]) for clip in clips if (path := clip.source.path) in digests}
         words = {text: self._text_file(text) for text in sorted(set(texts))}
-        self._make("clip", [(clip, file) for clip, file in files.items()], self._clip_encoder, cached)
-        self._make("text", [(text, file) for text, file in words.items()], self._text_encoder, cached)
+        self._make("clip", list(files.items()), self._clip_encoder, cached)
+        self._make("text", list(words.items()), self._text_encoder, cached)
         failed = {one.path for one in cached.skipped}
         cached.latents = [(clip, file) for clip, file in files.items() if file.exists()]
         for clip in {clip for clip, file in files.items() if not file.exists() and clip.source.path not in failed}:
@@ -159,8 +159,8 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _encoder_print(checkpoint: Checkpoint, component: str, config: Any) -> str:
-    """Names, shapes and types of an encoder's tensors, samples of its files' contents, and what else decides."""
+def component_print(checkpoint: Checkpoint, component: str, config: Any) -> str:
+    """What tells one set of weights from another: names, shapes and types, samples of the contents, and `config`."""
     tensors = getattr(checkpoint, component).tensors.values()
     facts: list[Any] = [config, sorted((info.name, info.shape, info.dtype) for info in tensors)]
     for file in sorted({info.file for info in tensors}):

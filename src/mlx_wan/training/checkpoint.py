@@ -25,7 +25,7 @@ def save_state(folder: Path, step: int, state: dict[str, Any], keep: int) -> Pat
     WanError if it cannot be written whole; the states of before are then still there.
     """
     path = folder / f"state-{step:08d}.safetensors"
-    write_arrays(path, _flat(state), {"step": str(step)}, "make room, then go on with --resume")
+    write_arrays(path, flat(state), {"step": str(step)}, "make room, then go on with --resume")
     older = [other for other in _states(folder) if step_of(other) < step]
     for other in older[: len(older) - (keep - 1)]:
         other.unlink(missing_ok=True)
@@ -61,7 +61,7 @@ def load_state(path: Path, like: dict[str, Any]) -> tuple[int, dict[str, Any]]:
     if not is_whole(path):
         raise CheckpointError(f"{path} is damaged; remove it, and --resume goes on from the one before")
     arrays: dict[str, mx.array] = mx.load(str(path))  # type: ignore[assignment]
-    want = _flat(like)
+    want = flat(like)
     names = arrays.keys() | want.keys()
     wrong = sorted(name for name in names if _kind(arrays.get(name)) != _kind(want.get(name)))
     if wrong:
@@ -109,7 +109,8 @@ def _states(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("state-*.safetensors") if _NAME.fullmatch(path.name))
 
 
-def _flat(tree: dict[str, Any]) -> dict[str, mx.array]:
+def flat(tree: Any) -> dict[str, mx.array]:
+    """Arrays of a tree by their names."""
     return dict(tree_flatten(tree))  # type: ignore[arg-type]
 
 

@@ -18,14 +18,17 @@ __all__ = ["Checkpoint", "load_text_encoder", "load_transformer", "load_vae", "l
 Module = TypeVar("Module", bound=nn.Module)
 
 
-def load_transformer(checkpoint: Checkpoint, dtype: mx.Dtype) -> WanTransformer:
-    """The transformer, evaluated; matrices in `dtype`, what `FLOAT32_PARAMETERS` names in float32.
+def load_transformer(checkpoint: Checkpoint, dtype: mx.Dtype, weights: mx.Dtype | None = None) -> WanTransformer:
+    """The transformer, evaluated; it computes in `dtype`, what `FLOAT32_PARAMETERS` names in float32.
+
+    Args:
+        weights: type of the matrices, for training that keeps more digits than it computes with; None: `dtype`.
 
     Raises:
         CheckpointError: the file changed since `locate`.
     """
     module = WanTransformer(checkpoint.transformer_config, dtype)
-    return _fill(checkpoint, "transformer", module, dtype)
+    return _fill(checkpoint, "transformer", module, weights or dtype)
 
 
 def load_text_encoder(checkpoint: Checkpoint, dtype: mx.Dtype) -> UMT5Encoder:
