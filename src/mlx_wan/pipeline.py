@@ -2,7 +2,8 @@
 
 import math
 import secrets
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
@@ -12,6 +13,8 @@ import numpy as np
 
 from mlx_wan import backend
 from mlx_wan.errors import UserError, WanError
+from mlx_wan.lora.fuse import QUANTIZED, Adapters, merge
+from mlx_wan.lora.load import read_lora, transformer_shapes
 from mlx_wan.models.transformer import WanTransformer
 from mlx_wan.models.umt5 import UMT5Encoder
 from mlx_wan.models.vae22 import WanVAE22
@@ -95,6 +98,7 @@ class WanPipeline:
         spec = checkpoint.spec
         self.scheduler = make_scheduler(spec.scheduler, spec.num_inference_steps, spec.shift)
         self.tokenizer = Tokenizer(tokenizer_path(checkpoint), checkpoint.transformer_config.text_len)
+        self._adapters = Adapters()
         self._transformer: WanTransformer | None = None
         self._text_encoder: UMT5Encoder | None = None
         self._vae: WanVAE22 | None = None
@@ -132,6 +136,7 @@ class WanPipeline:
         """(latents (B,t,h,w,C), timesteps (B,) or (B,tokens), context (B,n,text_dim)) -> velocity, float32."""
         if self._transformer is None:
             self._transformer = load_transformer(self.checkpoint, self.dtype)
+            self._adapters.install(self._transformer)
         return self._transformer
 
     @property
@@ -236,6 +241,71 @@ class WanPipeline:
         if unknown:
             raise TypeError(f"stream() got an unexpected keyword argument {unknown[0]!r}")
         return self._run(self._request(prompt, *(options.get(name) for name in names)), decode=True)
+
+    # --- adapters, in the words of diffusers -------------------------------------------------------------------------
+
+    def load_lora_weights(self, path: str | Path, adapter_name: str | None = None, scale: float = 1.0) -> str:
+        """Puts a LoRA beside the transformer's weights, together with those that are there already.
+
+        Args:
+            path: the file, of any dialect (docs/checkpoints.md), or the folder PEFT or diffusers wrote.
+            adapter_name: what `set_adapters` calls it; None takes the file's name.
+            scale: its strength; 1 is what it was trained for.
+
+        Returns:
+            Its name.
+
+        Raises:
+            UserError: no such file, not a LoRA, or a name that is taken.
+            CheckpointError: the file is damaged, or made for another model.
+        """
+        lora = read_lora(path, transformer_shapes(self.checkpoint.transformer_config))
+        if lora.note:
+            warnings.warn(lora.note, stacklevel=2)
+        name = self._adapters.add(lora, adapter_name, scale)
+        self._apply_adapters()
+        return name
+
+    def set_adapters(self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float] = 1.0) -> None:
+        """Gives these adapters their strengths and turns the others off; no weight is read again.
+
+        Raises UserError for an unknown name, or another number of weights than of names.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        single = isinstance(adapter_weights, int | float)
+        self._adapters.set(names, [adapter_weights] * len(names) if single else list(adapter_weights))
+        self._apply_adapters()
+
+    def get_active_adapters(self) -> dict[str, float]:
+        """Name -> strength of the adapters that have an effect."""
+        return {name: strength for name, strength in self._adapters.strengths.items() if strength}
+
+    def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
+        """Takes adapters away. Raises UserError for an unknown name."""
+        self._adapters.remove([adapter_names] if isinstance(adapter_names, str) else list(adapter_names))
+        self._apply_adapters()
+
+    def fuse_lora(self) -> None:
+        """Adds the adapters to the weights at their present strengths: no cost per step, and no change after.
+
+        Raises UserError if the model is quantized.
+        """
+        if self.checkpoint.quantization is not None:
+            raise UserError(QUANTIZED)
+        self._adapters.fused = True
+        if self._transformer is not None:
+            merge(self._transformer)
+
+    def unload_lora_weights(self) -> None:
+        """Takes every adapter away; after `fuse_lora` the transformer is read again when it is needed."""
+        if self._adapters.fused:
+            self._transformer = None
+        self._adapters.clear()
+        self._apply_adapters()
+
+    def _apply_adapters(self) -> None:
+        if self._transformer is not None:
+            self._adapters.update(self._transformer)
 
     # --- the order of things -----------------------------------------------------------------------------------------
 

@@ -7,6 +7,9 @@ import pytest
 from mlx_wan.errors import CheckpointError
 from mlx_wan.weights.layouts import (
     DIALECTS,
+    DIFFUSERS_TRANSFORMER,
+    DIFFUSERS_VAE,
+    HF_TEXT_ENCODER,
     KEEP,
     OFFICIAL,
     SQUEEZE,
@@ -37,14 +40,38 @@ def test_the_first_users_names(own, official):
     assert WAN22_MLX.from_official(official) == own
 
 
-@pytest.mark.parametrize("dialect", DIALECTS, ids=lambda d: d.name)
-@pytest.mark.parametrize("part", ["transformer", "text_encoder", "vae"])
-def test_every_name_goes_there_and_back(dialect, part):
+@pytest.mark.parametrize(
+    ("dialect", "part"),
+    [
+        *((OFFICIAL, part) for part in ("transformer", "text_encoder", "vae")),
+        (WAN22_MLX, "transformer"),
+        (DIFFUSERS_TRANSFORMER, "transformer"),
+        (HF_TEXT_ENCODER, "text_encoder"),
+        (DIFFUSERS_VAE, "vae"),
+    ],
+    ids=lambda value: getattr(value, "name", value),
+)
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "diffusion_model."])
+def test_every_name_goes_there_and_back(dialect, part, prefix):
     names = list(cases.official_names("ti2v-5B", part))
-    own = [dialect.from_official(name) for name in names]
+    own = [prefix + dialect.from_official(name) for name in names]
     assert len(set(own)) == len(names)
-    assert [dialect.to_official(name) for name in own] == names
     assert list(official_names(own).values()) == names
+
+
+def test_every_dialect_is_known():
+    known = {OFFICIAL, WAN22_MLX, DIFFUSERS_TRANSFORMER, HF_TEXT_ENCODER, DIFFUSERS_VAE}
+    assert set(DIALECTS) == known
+
+
+def test_a_tied_tensor_counts_once():
+    names = ["shared.weight", "encoder.embed_tokens.weight", "encoder.final_layer_norm.weight"]
+    assert official_names(names) == {
+        "shared.weight": "token_embedding.weight",
+        "encoder.final_layer_norm.weight": "norm.weight",
+    }
+    alone = official_names([*names[1:], "encoder.block.0.layer.0.SelfAttention.q.weight"])
+    assert alone["encoder.embed_tokens.weight"] == "token_embedding.weight"
 
 
 def test_detects_the_dialect():

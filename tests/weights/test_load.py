@@ -320,7 +320,7 @@ def test_folders_of_other_kinds(tmp_path):
     with pytest.raises(CheckpointError, match="is in the Diffusers layout"):
         locate(tmp_path / "diffusers")
     (tmp_path / "lora").mkdir()
-    lora = {"blocks.0.self_attn.q.lora_A.weight": mx.zeros((4, 8))}
+    lora = {"blocks.0.cross_attn.q.lora_A.weight": mx.zeros((4, 8))}
     mx.save_safetensors(str(tmp_path / "lora" / "style.safetensors"), lora)
     with pytest.raises(CheckpointError, match=r"missing: .*\(but style\.safetensors is LoRA\)"):
         locate(tmp_path / "lora")
@@ -330,7 +330,7 @@ def test_folders_of_other_kinds(tmp_path):
     ("weights", "message"),
     [
         ({"encoder.downsamples.0.residual.0.gamma": (4, 1, 1, 1)}, "is Wan2.1 VAE, not the VAE"),
-        ({"blocks.0.self_attn.q.lora_A.weight": (4, 8)}, "is LoRA, not the VAE"),
+        ({"blocks.0.cross_attn.q.lora_A.weight": (4, 8)}, "is LoRA, not the VAE"),
         ({"token_embedding.weight": (4, 8)}, "holds no VAE of a Wan model"),
     ],
 )

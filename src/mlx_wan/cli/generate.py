@@ -10,10 +10,12 @@ import re
 import secrets
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_wan import backend
+from mlx_wan.cli.fuse import add_lora_flag, parse_loras
 from mlx_wan.cli.progress import Progress
 from mlx_wan.errors import UserError
 
@@ -49,6 +51,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         "--ckpt_dir", "--model", metavar="DIR", help="model folder or Hub id (default: the small embedded model)"
     )
     model.add_argument("--dtype", choices=tuple(DTYPE_BYTES), help="of weights and products (default: by device)")
+    add_lora_flag(model)
+    model.add_argument("--fuse", action="store_true", help="add the LoRAs to the weights instead of beside them")
     how = parser.add_argument_group("how (defaults: the model's own)")
     how.add_argument("--base_seed", "--seed", type=int, default=-1, metavar="N", help="-1 for a random one")
     how.add_argument("--sample_solver", "--scheduler", choices=SOLVERS, help="the sampler")
@@ -88,6 +92,7 @@ def run(args: argparse.Namespace) -> None:
     path = Path(args.save_file) if args.save_file else _free_name(args.prompt, checkpoint.spec.name, options)
     check_writable(path)
     _check_memory(checkpoint, args.dtype)
+    _check_loras(args, checkpoint)
     _say_what_is_pointless(args)
     seconds = _make(args, checkpoint, options, path)
     print(path)
@@ -109,6 +114,12 @@ def _make(args: argparse.Namespace, checkpoint: "Checkpoint", options: dict[str,
         progress.stage("load")
         dtype = getattr(mx, args.dtype) if args.dtype else None
         pipe = mlx_wan.WanPipeline.from_pretrained(checkpoint.folder, dtype=dtype)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # _check_loras has said it
+            for lora, scale in parse_loras(args.lora):
+                pipe.load_lora_weights(lora, scale=scale)
+        if args.fuse:
+            pipe.fuse_lora()
         if not pipe.low_memory:  # else each part is loaded in the stage that needs it
             _ = pipe.text_encoder, pipe.transformer, pipe.vae
         events = pipe.stream(args.prompt, **options)
@@ -143,6 +154,9 @@ def _check_flags(args: argparse.Namespace) -> None:
     for flag in ("image", "save_file", "ckpt_dir"):
         if getattr(args, flag) == "":  # an unset variable of a script: no reason to do something else silently
             raise UserError(f"--{flag} is empty; give a name, or leave the flag out")
+    parse_loras(args.lora)
+    if args.fuse and not args.lora:
+        raise UserError("--fuse: there is no --lora to fuse")
     if args.task != TASK:
         known = f"is not supported yet; only {TASK} is" if args.task in OTHER_TASKS else f"is unknown; use {TASK}"
         raise UserError(f"--task {args.task} {known}")
@@ -235,6 +249,21 @@ def _check_memory(checkpoint: "Checkpoint", dtype: str | None) -> None:
         _note(f"{sizes}: it may not be enough")
 
 
+def _check_loras(args: argparse.Namespace, checkpoint: "Checkpoint") -> None:
+    """Read the LoRAs' headers before any weight, and say what of them finds no place."""
+    if not args.lora:
+        return
+    from mlx_wan.lora.fuse import QUANTIZED
+    from mlx_wan.lora.load import read_lora, transformer_shapes
+
+    if args.fuse and checkpoint.quantization is not None:
+        raise UserError(QUANTIZED)
+    shapes = transformer_shapes(checkpoint.transformer_config)
+    for path, _ in parse_loras(args.lora):
+        if (lora := read_lora(path, shapes)).note:
+            _note(str(lora.note))
+
+
 def _weight_bytes(part: "Component", size: int) -> int:
     """Memory of a component whose floating-point tensors are loaded with `size` bytes an element."""
     return sum(math.prod(info.shape) * size if "float" in info.dtype else info.nbytes for info in part.tensors.values())
@@ -246,6 +275,8 @@ def _facts(args: argparse.Namespace, checkpoint: "Checkpoint", options: dict[str
 
     picture = {"image": Path(args.image).name} if args.image else {}
     settings = {name: value for name, value in options.items() if name != "image"}
+    if args.lora:
+        settings["loras"] = [{"file": Path(path).name, "scale": scale} for path, scale in parse_loras(args.lora)]
     model = {"model": checkpoint.spec.name, "dtype": dtype.removeprefix("mlx.core.")}
     return {"prompt": args.prompt, **picture, **settings, **model, "mlx_wan": mlx_wan.__version__}
 

@@ -21,6 +21,7 @@ COMMANDS = {
     "generate": "mlx_wan.cli.generate",
     "inspect": "mlx_wan.cli.inspect",
     "convert": "mlx_wan.cli.convert",
+    "fuse": "mlx_wan.cli.fuse",
     "train": "mlx_wan.cli.train",
     "scenes": "mlx_wan.cli.scenes",
     "info": "mlx_wan.cli.info",

@@ -70,6 +70,55 @@ class LowRank(Adapter):
         return self.scale * (self.lora_b.astype(mx.float32) @ self.lora_a.astype(mx.float32))
 
 
+class Kronecker(Adapter):
+    """LoKr: Δ = w1 ⊗ w2, w1 (out1, in1) and w2 (out2, in2), where out = out1 · out2 and in = in1 · in2."""
+
+    def __init__(self, w1: mx.array, w2: mx.array, scale: float = 1.0, strength: float = 1.0):
+        super().__init__(scale, strength)
+        self.w1, self.w2 = w1, w2
+
+    def __call__(self, x: mx.array, y: mx.array) -> mx.array:
+        # (…, in1, in2) -> (…, in1, out2) -> (…, out2, in1) -> (…, out2, out1) -> (…, out1 · out2)
+        w1, w2 = self.w1.astype(x.dtype), self.w2.astype(x.dtype)
+        pairs = x.reshape(*x.shape[:-1], w1.shape[1], w2.shape[1]) @ w2.T
+        change = (pairs.swapaxes(-1, -2) @ w1.T).swapaxes(-1, -2).reshape(y.shape)
+        return y + (self.strength * self.scale) * change
+
+    def delta(self) -> mx.array:
+        return self.scale * mx.kron(self.w1.astype(mx.float32), self.w2.astype(mx.float32))
+
+
+class Hadamard(Adapter):
+    """LoHa: Δ = (a1 b1) ∘ (a2 b2), each a (out, rank) and b (rank, in). The product is made anew at each call."""
+
+    def __init__(
+        self, a1: mx.array, b1: mx.array, a2: mx.array, b2: mx.array, scale: float = 1.0, strength: float = 1.0
+    ):
+        super().__init__(scale, strength)
+        self.a1, self.b1, self.a2, self.b2 = a1, b1, a2, b2
+
+    def __call__(self, x: mx.array, y: mx.array) -> mx.array:
+        return mx.addmm(y, x, self.delta().astype(x.dtype).T, alpha=self.strength)
+
+    def delta(self) -> mx.array:
+        a1, b1, a2, b2 = (factor.astype(mx.float32) for factor in (self.a1, self.b1, self.a2, self.b2))
+        return self.scale * (a1 @ b1) * (a2 @ b2)
+
+
+class Difference(Adapter):
+    """Δ itself, (out, in): costs as much as the layer."""
+
+    def __init__(self, difference: mx.array, scale: float = 1.0, strength: float = 1.0):
+        super().__init__(scale, strength)
+        self.difference = difference
+
+    def __call__(self, x: mx.array, y: mx.array) -> mx.array:
+        return mx.addmm(y, x, self.difference.astype(x.dtype).T, alpha=self.strength * self.scale)
+
+    def delta(self) -> mx.array:
+        return self.scale * self.difference.astype(mx.float32)
+
+
 class LoRALinear(nn.Module):
     """A linear layer, plain or quantized, with adapters beside it."""
 

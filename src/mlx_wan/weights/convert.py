@@ -19,6 +19,7 @@ from mlx_wan.weights.save import MAX_SHARD_BYTES, native_config, remove_tensors,
 from mlx_wan.weights.tensors import TensorInfo
 
 Parts = Mapping[str, list[TensorInfo]]
+Change = Callable[[Checkpoint, str, list[TensorInfo]], list[TensorInfo]]
 
 
 def convert(
@@ -28,6 +29,7 @@ def convert(
     bits: int | None = None,
     group_size: int = 64,
     *,
+    change: Change | None = None,
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Callable[[int, int], None] | None = None,
@@ -39,6 +41,8 @@ def convert(
             compute in float32 are always stored in float32.
         bits: 4 or 8 packs the matrices that `quantize.QUANTIZED` names; None packs nothing.
         group_size: how many values of a row share a scale: 32, 64 or 128.
+        change: what to do with the tensors of each component before they are packed: called with the checkpoint,
+            the component's name and its tensors as the module takes them.
         overwrite: whether a native model in `dst` may be replaced; other files there stay.
         max_shard_bytes: a component larger than this is split into several files with an index.
         progress: called with the bytes done and the bytes in all, before each tensor.
@@ -56,7 +60,7 @@ def convert(
     if checkpoint.quantization is not None:
         raise UserError(f"{checkpoint.folder}: is quantized already; convert the original")
     _check_destination(checkpoint.folder, dst, overwrite)
-    parts = _parts(checkpoint, dtype, how)
+    parts = _parts(checkpoint, dtype, how, change or (lambda _, __, tensors: tensors))
     partial = _make_partial(dst, _size(parts))
     try:
         config = _config(checkpoint, how)
@@ -67,9 +71,9 @@ def convert(
     return dst
 
 
-def _parts(checkpoint: Checkpoint, dtype: mx.Dtype | None, how: Quantization | None) -> Parts:
+def _parts(checkpoint: Checkpoint, dtype: mx.Dtype | None, how: Quantization | None, change: Change) -> Parts:
     """The tensors of each component as they will be stored."""
-    parts = {name: component_tensors(checkpoint, name, dtype) for name in COMPONENTS}
+    parts = {name: change(checkpoint, name, component_tensors(checkpoint, name, dtype)) for name in COMPONENTS}
     if how is None:
         return parts
     return {name: quantize_tensors(tensors, name, how) for name, tensors in parts.items()}

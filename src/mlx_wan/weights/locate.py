@@ -44,7 +44,8 @@ def locate(where: str | Path) -> Checkpoint:
         return _read_folder(folder)
     if folder.is_file():
         identity = identify({name: info.shape for name, info in read_tensors(folder).items()})
-        raise UserError(f"{folder}: is a single file ({identity.model}); give the folder of a whole checkpoint")
+        hint = "give it to --lora" if identity.component == "lora" else "give the folder of a whole checkpoint"
+        raise UserError(f"{folder}: is a single file ({identity.model}); {hint}")
     if HUB_ID.fullmatch(str(where)):
         return _read_folder(_download(str(where)))
     raise UserError(f'{folder}: no such folder (a checkpoint folder, a Hub id, or "tiny" is needed)')
