@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -82,14 +83,17 @@ def arrays(module):
 
 
 @pytest.mark.parametrize("base", ["model", "quantized"])
-def test_lora_learns_and_leaves_the_weights_alone(model, quantized, data, tmp_path, base):
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_adapters_learn_and_leave_the_weights_alone(model, quantized, data, tmp_path, base, kind):
     source = {"model": model, "quantized": quantized}[base]
-    made, result, rows = fit(source, data, tmp_path, iters=60, steps_per_report=20, steps_per_eval=60, save_every=60)
+    length = {"iters": 60, "steps_per_report": 20, "steps_per_eval": 60, "save_every": 60}
+    made, result, rows = fit(source, data, tmp_path, fine_tune_type=kind, **length)
     losses = [row["val_loss"] for row in rows if "val_loss" in row]
     start = finetune.evaluation(made, fill_cache(made, lambda *_: None)[1])
     assert losses[-1] < 0.8 * start(load_transformer(made.checkpoint, mx.float32))["val_loss"]
     stored = safetensors.numpy.load_file(result)
-    layers = {name.rsplit(".lora_", 1)[0] for name in stored}
+    assert any(name.endswith(".dora_scale") for name in stored) == (kind == "dora")
+    layers = {re.split(r"\.(?:lora_|dora_)", name)[0] for name in stored}
     assert layers == {
         f"diffusion_model.blocks.{i}.{part}"
         for i in range(2)
@@ -170,6 +174,13 @@ def test_checkpointed_gradients_are_the_same(model, data, tmp_path, kind):
     assert first.keys() == second.keys()
     for name in first:
         np.testing.assert_allclose(np.array(first[name]), np.array(second[name]), rtol=1e-5, atol=1e-7, err_msg=name)
+
+
+def test_magnitudes_too_are_taken_up(model, data, tmp_path):
+    _, result, _ = fit(model, data, tmp_path / "one", fine_tune_type="dora")
+    transformer = load_trainable(plan(model, data, tmp_path, fine_tune_type="dora", resume_adapter_file=str(result)))
+    stored = safetensors.numpy.load_file(result)["diffusion_model.blocks.0.ffn.0.dora_scale"]
+    np.testing.assert_array_equal(transformer.blocks[0].ffn[0].adapters["default"].magnitude, stored)
 
 
 def test_adapters_can_be_the_start_of_another_run(model, data, tmp_path):

@@ -12,7 +12,7 @@ from mlx_wan.errors import UserError
 from mlx_wan.training.buckets import Bucket
 from mlx_wan.training.dataset import Source
 from mlx_wan.training.options import FinetuneRecipe
-from mlx_wan.training.plan import hold_out, make_plan
+from mlx_wan.training.plan import activations, hold_out, make_plan
 from mlx_wan.weights.convert import convert
 
 
@@ -131,7 +131,9 @@ def test_memory_grows_with_what_is_asked(model, quantized, data):
     whole = plan(model, data)
     need = whole.memory
     assert plan(quantized, data).memory["weights"] < need["weights"]
-    assert plan(model, data, grad_checkpoint=True).memory["activations"] < need["activations"]
+    bucket, deep = Bucket(9, 64, 64), replace(whole.checkpoint.transformer_config, num_layers=30)
+    checkpoint = replace(whole.checkpoint, transformer_config=deep)
+    assert activations(checkpoint, bucket, True, 4) < activations(checkpoint, bucket, False, 4) / 10
     assert plan(model, data, batch_size=2).memory["activations"] == 2 * need["activations"]
     assert plan(model, data, fine_tune_type="full").memory["gradients and optimizer"] == 12 * 37232
     assert plan(model, data, optimizer="lion").memory["gradients and optimizer"] == 8 * 2816

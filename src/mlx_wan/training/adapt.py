@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_wan.errors import CheckpointError, UserError
-from mlx_wan.lora.layers import LoRALinear, LowRank, add_lora, linear_layers, lora_tensors
+from mlx_wan.lora.layers import PREFIX, DoRA, LoRALinear, LowRank, add_lora, linear_layers, lora_tensors
 from mlx_wan.lora.save import save_lora
 from mlx_wan.models.transformer import WanTransformer
 from mlx_wan.training.checkpoint import flat
@@ -40,7 +40,8 @@ def make_trainable(transformer: WanTransformer, recipe: FinetuneRecipe) -> None:
             known = ", ".join(sorted({_BLOCK.sub("", name) for name in names}))
             raise UserError(f"targets: no matrix is called {target!r}; there are {known}")
     transformer.freeze()
-    add_lora(transformer, lambda name: _wanted(name, recipe.targets, first), recipe.rank, recipe.alpha)
+    dora = recipe.fine_tune_type == "dora"
+    add_lora(transformer, lambda name: _wanted(name, recipe.targets, first), recipe.rank, recipe.alpha, dora=dora)
 
 
 def _train_itself(transformer: WanTransformer, first: int) -> None:
@@ -101,8 +102,10 @@ def load_adapters(path: Path, transformer: WanTransformer) -> None:
             f"({sorted(wrong)[0]})"
         )
     for name, adapter in adapters_of(transformer).items():
-        adapter.lora_a = found[f"diffusion_model.{name}.lora_A.weight"].astype(mx.float32)
-        adapter.lora_b = found[f"diffusion_model.{name}.lora_B.weight"].astype(mx.float32)
+        adapter.lora_a = found[f"{PREFIX}{name}.lora_A.weight"].astype(mx.float32)
+        adapter.lora_b = found[f"{PREFIX}{name}.lora_B.weight"].astype(mx.float32)
+        if isinstance(adapter, DoRA):
+            adapter.magnitude = found[f"{PREFIX}{name}.dora_scale"].astype(mx.float32)
 
 
 def _shape(array: mx.array | None) -> tuple[int, ...] | None:

@@ -229,20 +229,20 @@ def training_memory(plan: Plan, transformer: WanTransformer, bucket: Bucket) -> 
 def activations(checkpoint: Checkpoint, bucket: Bucket, checkpointing: bool, dtype: int) -> int:
     """Bytes that forward and backward keep for one clip, with values of `dtype` bytes where precision is not needed.
 
-    A block keeps about twelve float32 arrays of its width, some more in the dtype of computing, three of the
-    feed-forward's width, and, since MLX's attention has no fused backward on most devices, two of all scores.
+    A block keeps about twelve float32 arrays of its width, eight in the dtype of computing, three of the feed-forward's
+    width, and, since MLX's attention has no fused backward on most devices, all scores. Measured in float32 on the CPU
+    at 192 to 1280 tokens (docs/training.md); elsewhere it is a guess.
     """
     config, (step_w, step_h) = checkpoint.transformer_config, checkpoint.size_steps
     frames = (bucket.frames - 1) // checkpoint.vae_config.stride[0] + 1
     tokens = frames * (bucket.height // step_h) * (bucket.width // step_w)
     block = _block(config, tokens, dtype)
     stream = 4 * tokens * config.dim
-    if checkpointing:
-        return config.num_layers * stream + 2 * block
-    return config.num_layers * block
+    whole = config.num_layers * block
+    return min(whole, config.num_layers * stream + 2 * block) if checkpointing else whole
 
 
 def _block(config: TransformerConfig, tokens: int, dtype: int) -> int:
     widths = tokens * config.dim * (12 * 4 + 8 * dtype) + 3 * tokens * config.ffn_dim * dtype
-    scores = 2 * config.num_heads * tokens * (tokens + config.text_len) * dtype
+    scores = config.num_heads * tokens * (tokens + config.text_len) * dtype
     return widths + scores
