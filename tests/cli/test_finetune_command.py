@@ -141,7 +141,7 @@ class Page(HTMLParser):
 
 
 def test_the_report_is_one_page_with_curves_and_previews(here, capsys):
-    line = "train -c lora.yaml --preview-prompts x --preview-every 3".split()
+    line = ["train", "-c", "lora.yaml", "--preview-prompts", "x", "--preview-every", "3"]
     assert run(line, capsys)[0] == 0
     assert run("train report run", capsys)[:2] == (0, "saved run/report.html\n")
     text = (here / "run" / "report.html").read_text()
@@ -162,7 +162,7 @@ def test_killed_from_outside_it_goes_on_to_the_same_adapters(here):
         return subprocess.Popen(line, cwd=here, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     straight = command("straight")
-    assert straight.communicate(timeout=120) and straight.returncode == 0
+    assert "saved" in straight.communicate(timeout=120)[0]
     rng = np.random.default_rng()
     for part in range(3):
         process = command("killed")
