@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import small
-from cases import load_small, relative_error, transformer_inputs
+from cases import GOLDEN, load_small, relative_error, transformer_inputs
 from mlx.utils import tree_flatten
 
 from mlx_wan.lora.fuse import merge
@@ -205,3 +205,24 @@ def test_dora_is_written_read_and_merged(tmp_path):
     assert relative_error(tuned, plain) > 0.01
     merge(other)
     assert relative_error(velocity(other), tuned) < 1e-5
+
+
+def test_dora_and_its_gradients_are_those_of_peft():
+    with np.load(GOLDEN / "lora" / "dora.npz") as stored:
+        want = {name: mx.array(stored[name]) for name in stored}
+    linear = nn.Linear(32, 12)
+    linear.weight, linear.bias = want["weight"], want["bias"]
+    layer = LoRALinear(linear)
+    layer.freeze()
+    adapter = DoRA(want["a"], want["b"], want["magnitude"].reshape(-1, 1), 2.0)
+    layer.adapters["default"] = adapter
+    assert relative_error(np.array(layer(want["x"])), np.array(want["output"])) < 1e-6
+
+    def loss(layer):
+        return mx.square(layer(want["x"]) - want["target"]).mean()
+
+    value, gradients = nn.value_and_grad(layer, loss)(layer)
+    assert value.item() == pytest.approx(want["loss"].item(), rel=1e-6)
+    for name, golden in (("lora_a", "a_grad"), ("lora_b", "b_grad"), ("magnitude", "magnitude_grad")):
+        got = np.array(gradients["adapters"]["default"][name]).reshape(-1)
+        assert relative_error(got, np.array(want[golden]).reshape(-1)) < 1e-6
