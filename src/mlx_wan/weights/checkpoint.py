@@ -77,6 +77,8 @@ DIFFUSERS = Layout(
     ),
     TURN,
 )
+# Files of any names, told by what is in them: ComfyUI's folders, GGUF, or parts given one by one.
+SINGLE_FILES = Layout("single files", {}, TURN)
 LAYOUTS = (NATIVE, WAN22_MLX, OFFICIAL, DIFFUSERS)
 
 
@@ -99,7 +101,7 @@ class Checkpoint:
         config: its config.json.
         spec: how the model is sampled by default.
         transformer, text_encoder, vae: its parts.
-        tokenizer: its tokenizer.json.
+        tokenizer: its tokenizer.json, or what such a file would hold.
         *_config: dimensions of the parts.
         quantization: how its matrices are packed; None if they are not.
     """
@@ -111,7 +113,7 @@ class Checkpoint:
     transformer: Component
     text_encoder: Component
     vae: Component
-    tokenizer: Path
+    tokenizer: Path | bytes
     transformer_config: TransformerConfig
     text_encoder_config: TextEncoderConfig
     vae_config: VAEConfig
@@ -119,7 +121,7 @@ class Checkpoint:
 
     def tokenizer_json(self) -> bytes:
         """What its tokenizer.json holds."""
-        return self.tokenizer.read_bytes()
+        return self.tokenizer if isinstance(self.tokenizer, bytes) else self.tokenizer.read_bytes()
 
     @property
     def size_steps(self) -> tuple[int, int]:
