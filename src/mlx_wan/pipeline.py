@@ -27,7 +27,6 @@ from mlx_wan.weights.load import (
     load_transformer,
     load_vae,
     locate,
-    tokenizer_path,
 )
 from mlx_wan.zoo import ModelSpec
 
@@ -97,7 +96,7 @@ class WanPipeline:
         self.checkpoint, self.dtype, self.low_memory = checkpoint, dtype, low_memory
         spec = checkpoint.spec
         self.scheduler = make_scheduler(spec.scheduler, spec.num_inference_steps, spec.shift)
-        self.tokenizer = Tokenizer(tokenizer_path(checkpoint), checkpoint.transformer_config.text_len)
+        self.tokenizer = Tokenizer(checkpoint.tokenizer, checkpoint.transformer_config.text_len)
         self._adapters = Adapters()
         self._transformer: WanTransformer | None = None
         self._text_encoder: UMT5Encoder | None = None
@@ -105,14 +104,19 @@ class WanPipeline:
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, dtype: mx.Dtype | None = None, low_memory: bool | None = None
+        cls,
+        path: str | Path | Checkpoint | None = None,
+        dtype: mx.Dtype | None = None,
+        low_memory: bool | None = None,
+        **files: str | Path | None,
     ) -> "WanPipeline":
         """The pipeline of a checkpoint folder, a Hub id such as "Wan-AI/Wan2.2-TI2V-5B", or "tiny".
 
         Args:
-            path: see docs/checkpoints.md for the layouts.
+            path: see docs/checkpoints.md for the layouts; or what `locate` found.
             dtype: mx.float32, mx.bfloat16 or mx.float16; None means bfloat16 on a GPU and float32 on the CPU.
             low_memory: None decides: yes if all components together take over half of the memory.
+            files: transformer, text_encoder, vae, tokenizer: single files in place of the folder's, or of a folder.
 
         Raises:
             UserError: there is nothing at `path`, or `dtype` is another.
@@ -120,7 +124,8 @@ class WanPipeline:
         """
         if dtype is not None and dtype not in DTYPES:
             raise UserError(f"dtype is {dtype!r}; choose one of {', '.join(map(str, DTYPES))}")
-        checkpoint, dtype = locate(path), dtype or backend.default_dtype()
+        checkpoint = path if isinstance(path, Checkpoint) else locate(path, **files)
+        dtype = dtype or backend.default_dtype()
         if low_memory is None:
             parts = (checkpoint.transformer, checkpoint.text_encoder, checkpoint.vae)
             size = sum(info.nbytes for part in parts for info in part.tensors.values())

@@ -7,13 +7,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-SUMMARY = "convert a checkpoint to the native layout, without PyTorch"
+SUMMARY = "convert a checkpoint to the native layout, or back, without PyTorch"
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser = commands.add_parser("convert", help=SUMMARY, description=SUMMARY)
     parser.add_argument("src", metavar="SRC", help="checkpoint folder, or Hub id")
     parser.add_argument("dst", metavar="DST", type=Path, help="folder to write")
+    parser.add_argument(
+        "--to",
+        choices=("native", "official", "diffusers"),
+        default="native",
+        help="layout to write: this package's (default), Wan's own, or a Diffusers repository",
+    )
     add_storage_flags(parser)
     return parser
 
@@ -31,7 +37,7 @@ def add_storage_flags(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from mlx_wan.weights.convert import convert
 
-    write(args, lambda **options: convert(args.src, args.dst, **options))
+    write(args, lambda **options: convert(args.src, args.dst, to=args.to, **options))
 
 
 def write(args: argparse.Namespace, work: Callable[..., Path]) -> None:
@@ -53,6 +59,6 @@ def write(args: argparse.Namespace, work: Callable[..., Path]) -> None:
             overwrite=args.overwrite,
             progress=progress,
         )
-    size = sum(file.stat().st_size for file in folder.iterdir())
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     print(folder)
     print(f"{size / 1e9:.2f} GB in {time.perf_counter() - start:.1f} s")

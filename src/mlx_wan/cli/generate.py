@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 SUMMARY = "make a video from a prompt, or from a prompt and a picture"
 TASK = "ti2v-5B"
 OTHER_TASKS = ("t2v-A14B", "i2v-A14B", "animate-14B", "s2v-14B")
+FILES = ("transformer", "text_encoder", "vae", "tokenizer")
 SOLVERS = ("unipc", "dpm++", "euler")
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 LARGEST_SEED = 2**63 - 1
@@ -50,6 +51,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     model.add_argument(
         "--ckpt_dir", "--model", metavar="DIR", help="model folder or Hub id (default: the small embedded model)"
     )
+    for part in FILES:
+        model.add_argument(f"--{part}", metavar="FILE", help=f"a {part.replace('_', ' ')} in place of the folder's own")
     model.add_argument("--dtype", choices=tuple(DTYPE_BYTES), help="of weights and products (default: by device)")
     add_lora_flag(model)
     model.add_argument("--fuse", action="store_true", help="add the LoRAs to the weights instead of beside them")
@@ -85,8 +88,10 @@ def run(args: argparse.Namespace) -> None:
     image = read_image(args.image) if args.image else None
     if args.save_file:
         check_writable(args.save_file)
-    checkpoint = locate(args.ckpt_dir or "tiny")
-    if not args.ckpt_dir:
+    files = {part: getattr(args, part) for part in FILES}
+    alone = not args.ckpt_dir and not any(files.values())
+    checkpoint = locate("tiny" if alone else args.ckpt_dir, **files)
+    if alone:
         _note("no --ckpt_dir: the small embedded model draws this (coloured shapes that move)")
     options = _options(args, checkpoint, image)
     path = Path(args.save_file) if args.save_file else _free_name(args.prompt, checkpoint.spec.name, options)
@@ -113,7 +118,7 @@ def _make(args: argparse.Namespace, checkpoint: "Checkpoint", options: dict[str,
     with Progress(options["num_inference_steps"], pieces) as progress:
         progress.stage("load")
         dtype = getattr(mx, args.dtype) if args.dtype else None
-        pipe = mlx_wan.WanPipeline.from_pretrained(checkpoint.folder, dtype=dtype)
+        pipe = mlx_wan.WanPipeline.from_pretrained(checkpoint, dtype=dtype)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # _check_loras has said it
             for lora, scale in parse_loras(args.lora):
@@ -151,7 +156,7 @@ def _follow(event: "Event", progress: Progress, writer: "VideoWriter", with_imag
 
 def _check_flags(args: argparse.Namespace) -> None:
     """What can be judged without knowing the model."""
-    for flag in ("image", "save_file", "ckpt_dir"):
+    for flag in ("image", "save_file", "ckpt_dir", *FILES):
         if getattr(args, flag) == "":  # an unset variable of a script: no reason to do something else silently
             raise UserError(f"--{flag} is empty; give a name, or leave the flag out")
     parse_loras(args.lora)

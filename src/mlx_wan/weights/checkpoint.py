@@ -67,7 +67,19 @@ OFFICIAL = Layout(
     ),
     TURN,
 )
-LAYOUTS = (NATIVE, WAN22_MLX, OFFICIAL)
+DIFFUSERS = Layout(
+    "Diffusers",
+    _files(
+        "transformer/diffusion_pytorch_model",
+        ("text_encoder/model.safetensors", f"text_encoder/model{INDEX_SUFFIX}"),
+        ("vae/diffusion_pytorch_model.safetensors", f"vae/diffusion_pytorch_model{INDEX_SUFFIX}"),
+        "tokenizer/tokenizer.json",
+    ),
+    TURN,
+)
+# Files of any names, told by what is in them: ComfyUI's folders, GGUF, or parts given one by one.
+SINGLE_FILES = Layout("single files", {}, TURN)
+LAYOUTS = (NATIVE, WAN22_MLX, OFFICIAL, DIFFUSERS)
 
 
 @dataclass(frozen=True)
@@ -89,7 +101,7 @@ class Checkpoint:
         config: its config.json.
         spec: how the model is sampled by default.
         transformer, text_encoder, vae: its parts.
-        tokenizer: its tokenizer.json.
+        tokenizer: its tokenizer.json, or what such a file would hold.
         *_config: dimensions of the parts.
         quantization: how its matrices are packed; None if they are not.
     """
@@ -101,11 +113,15 @@ class Checkpoint:
     transformer: Component
     text_encoder: Component
     vae: Component
-    tokenizer: Path
+    tokenizer: Path | bytes
     transformer_config: TransformerConfig
     text_encoder_config: TextEncoderConfig
     vae_config: VAEConfig
     quantization: Quantization | None = None
+
+    def tokenizer_json(self) -> bytes:
+        """What its tokenizer.json holds."""
+        return self.tokenizer if isinstance(self.tokenizer, bytes) else self.tokenizer.read_bytes()
 
     @property
     def size_steps(self) -> tuple[int, int]:

@@ -1,6 +1,5 @@
 """Builds the modules of a checkpoint and fills them, strictly: every tensor of one is a tensor of the other."""
 
-from pathlib import Path
 from typing import TypeVar
 
 import mlx.core as mx
@@ -13,7 +12,7 @@ from mlx_wan.weights.checkpoint import Checkpoint
 from mlx_wan.weights.fit import fit_tensors
 from mlx_wan.weights.locate import locate
 
-__all__ = ["Checkpoint", "load_text_encoder", "load_transformer", "load_vae", "locate", "tokenizer_path"]
+__all__ = ["Checkpoint", "load_text_encoder", "load_transformer", "load_vae", "locate"]
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -39,11 +38,6 @@ def load_text_encoder(checkpoint: Checkpoint, dtype: mx.Dtype) -> UMT5Encoder:
 def load_vae(checkpoint: Checkpoint) -> WanVAE22:
     """The VAE, evaluated, in float32. Raises as `load_transformer`."""
     return _fill(checkpoint, "vae", WanVAE22(checkpoint.vae_config), mx.float32)
-
-
-def tokenizer_path(checkpoint: Checkpoint) -> Path:
-    """The checkpoint's tokenizer.json."""
-    return checkpoint.tokenizer
 
 
 def _fill(checkpoint: Checkpoint, component: str, module: Module, dtype: mx.Dtype) -> Module:
