@@ -4,7 +4,7 @@
 # ///
 """What PEFT computes for a DoRA beside one linear layer: output, loss and gradients, into tests/golden/lora/dora.npz.
 
-    uv run parity/make_dora_golden.py
+uv run parity/make_dora_golden.py
 """
 
 from importlib.metadata import version

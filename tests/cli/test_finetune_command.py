@@ -1,7 +1,9 @@
 """Fine-tuning as a user does it: clips on disk, a command, an interruption, a video made with what was learned."""
 
 import json
+import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -184,3 +186,39 @@ def test_killed_from_outside_it_goes_on_to_the_same_adapters(here):
         assert one.keys() == other.keys()
         for key in one:
             np.testing.assert_array_equal(one[key], other[key], err_msg=key)
+
+
+def test_two_processes_share_encoding_and_training(here):
+    """Over MLX's ring: each encodes its part, both make the same steps, the first writes."""
+    holders = [socket.socket() for _ in range(2)]
+    for holder in holders:
+        holder.bind(("127.0.0.1", 0))
+    hosts = [[f"127.0.0.1:{holder.getsockname()[1]}"] for holder in holders]
+    for holder in holders:
+        holder.close()
+    (here / "hosts.json").write_text(json.dumps(hosts))
+    line = [sys.executable, "-m", "mlx_wan.cli.main", "train", "-c", "lora.yaml"]
+    processes = [
+        subprocess.Popen(
+            line,
+            cwd=here,
+            env={**os.environ, "MLX_RANK": str(rank), "MLX_HOSTFILE": str(here / "hosts.json")},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert [out for out, _ in outputs] == ["saved run/adapters.safetensors\n", ""]
+    assert "encoding clip 3/3" in outputs[0][1]
+    assert "encoding clip 2/2" in outputs[1][1]
+    assert "step 6/6" in outputs[0][1]
+    assert "step" not in outputs[1][1]
+    facts = json.loads((here / "run" / "run.json").read_text())
+    assert facts["processes"] == 2

@@ -12,8 +12,9 @@ from mlx_wan.errors import UserError
 from mlx_wan.training.buckets import Bucket
 from mlx_wan.training.dataset import Source
 from mlx_wan.training.options import FinetuneRecipe
-from mlx_wan.training.plan import activations, hold_out, make_plan
+from mlx_wan.training.plan import activations, hold_out, make_plan, resolve
 from mlx_wan.weights.convert import convert
+from mlx_wan.weights.load import locate
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +68,13 @@ def test_the_models_own_values_fill_the_gaps(model, data):
     assert recipe.cache == str(data / ".mlx-wan-cache")
     other = plan(model, data, width=24, height=16, num_frames=(3, 7), fps=6.0, shift=1.0, cache="c").recipe
     assert (other.width, other.num_frames, other.fps, other.shift, other.cache) == (24, (3, 7), 6.0, 1.0, "c")
+
+
+def test_models_of_another_kind_are_refused(model, data):
+    found = locate(model)
+    other = replace(found, spec=replace(found.spec, task="t2v", name="t2v-A14B"))
+    with pytest.raises(UserError, match="is t2v-A14B; only TI2V models are fine-tuned so far"):
+        resolve(FinetuneRecipe(model="m", data=str(data)), other)
 
 
 def test_planning_writes_nothing(model, data):
@@ -145,7 +153,7 @@ def test_what_does_not_fit_is_said(model, data, monkeypatch):
     made = plan(model, data)
     monkeypatch.setattr(backend, "total_memory", lambda: sum(made.memory.values()) - 1)
     assert not made.fits
-    assert made.lines()[-1].endswith("does not fit")
+    assert "does not fit; try grad_checkpoint" in made.lines()[-1]
 
 
 def test_holding_out_is_spread_and_keeps_some_of_both():

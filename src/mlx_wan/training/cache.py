@@ -57,7 +57,8 @@ class Cache:
     ):
         self.folder, self.checkpoint, self.dtype, self.report = folder, checkpoint, dtype, report
         self._vae = component_print(checkpoint, "vae", asdict(checkpoint.vae_config))
-        text = [asdict(checkpoint.text_encoder_config), str(dtype), _digest(checkpoint.tokenizer)]
+        tokenizer = hashlib.sha256(checkpoint.tokenizer_json()).hexdigest()
+        text = [asdict(checkpoint.text_encoder_config), str(dtype), tokenizer]
         text += [checkpoint.transformer_config.text_len, str(checkpoint.quantization)]
         self._text = component_print(checkpoint, "text_encoder", text)
 

@@ -25,6 +25,7 @@ from mlx_wan.weights.quantize import quantize_module
 # Bytes that an optimizer keeps for each trained number, which is float32 as its weight and its gradient are.
 _OPTIMIZER_BYTES = {"adamw": 8, "adam": 8, "muon": 4, "lion": 4, "adafactor": 0, "sgd": 0}
 _GIB = 2**30
+DOES_NOT_FIT = "does not fit; try grad_checkpoint, smaller clips, or a quantized model"
 Number = TypeVar("Number", int, float)
 
 
@@ -39,7 +40,7 @@ class Plan:
         skipped: files that cannot be used, and why.
         trained: how many numbers are trained, and `total` how many the transformer has with them.
         memory: bytes by what they are for, of the step with the largest bucket; an estimate.
-        encoding: bytes while the larger encoder is loaded.
+        encoding: bytes of the larger encoder's weights, which are gone while training.
     """
 
     recipe: FinetuneRecipe
@@ -110,8 +111,8 @@ class Plan:
             f"trains: {kind}, in {layers} of {config.num_layers} blocks: {self.trained:,} of {self.total:,} numbers",
             f"steps: {recipe.iters} of {size} clips, {recipe.iters * size / len(self.clips):.1f} times all clips; "
             f"{recipe.optimizer}, learning rate {recipe.learning_rate:g}, {recipe.lr_schedule}",
-            f"memory: about {need:.2f} GiB while training ({parts}), {self.encoding / _GIB:.2f} while encoding; "
-            f"this machine has {have:.2f}: {'fits' if self.fits else 'does not fit'}",
+            f"memory: about {need:.2f} GiB while training ({parts}), {self.encoding / _GIB:.2f} for the larger encoder before; "
+            f"this machine has {have:.2f}: {'fits' if self.fits else DOES_NOT_FIT}",
         ]
 
 
@@ -151,6 +152,8 @@ def make_plan(recipe: FinetuneRecipe) -> Plan:
 def resolve(recipe: FinetuneRecipe, checkpoint: Checkpoint) -> FinetuneRecipe:
     """The recipe with the model's values, and the device's, where it had none; checked against the model."""
     spec, device = checkpoint.spec, backend.default_dtype()
+    if spec.task != "ti2v":
+        raise UserError(f"{recipe.model}: is {spec.name}; only TI2V models are fine-tuned so far")
     data = Path(str(recipe.data))
     recipe = replace(
         recipe,
