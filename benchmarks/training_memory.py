@@ -29,7 +29,7 @@ def measure(frames: int, side: int, checkpointing: bool) -> None:
     model = WanTransformer(CONFIG)
     model.freeze()
     add_lora(model, lambda name: name.startswith("blocks"), 8)
-    model.checkpointing = checkpointing
+    model.save_memory(checkpointing)
     shape = (1, (frames - 1) // 4 + 1, side // 16, side // 16, 16)
     latents, noise, context = mx.random.normal(shape), mx.random.normal(shape), mx.random.normal((1, 64, 64))
     mx.eval(model.parameters(), latents, noise, context)

@@ -28,9 +28,9 @@ class Previews:
         from mlx_wan.weights.load import load_vae
 
         recipe = self.plan.recipe
-        checkpointing, transformer.checkpointing = transformer.checkpointing, False
+        transformer.save_memory(False)
         latents = [self._denoised(transformer, texts, i) for i in range(len(recipe.preview_prompts))]
-        transformer.checkpointing = checkpointing
+        transformer.save_memory(recipe.grad_checkpoint)
         vae = load_vae(self.plan.checkpoint)
         folder = Path(recipe.adapter_path) / "previews"
         folder.mkdir(parents=True, exist_ok=True)

@@ -109,12 +109,16 @@ def gated_add(x: mx.array, y: mx.array, gate: mx.array) -> mx.array:
 
 
 class Attention(nn.Module):
-    """Self- or cross-attention with RMS-normalised queries and keys."""
+    """Self- or cross-attention with RMS-normalised queries and keys.
+
+    Attributes:
+        in_pieces: for training: see `attend`.
+    """
 
     def __init__(self, config: TransformerConfig, dtype: mx.Dtype):
         super().__init__()
         dim = config.dim
-        self.dtype, self.num_heads = dtype, config.num_heads
+        self.dtype, self.num_heads, self.in_pieces = dtype, config.num_heads, False
         self.scale = (dim // config.num_heads) ** -0.5
         self.q = nn.Linear(dim, dim)
         self.k = nn.Linear(dim, dim)
@@ -130,7 +134,7 @@ class Attention(nn.Module):
         if rope is not None:
             q, k = rotate(q, *rope, self.num_heads), rotate(k, *rope, self.num_heads)
         q, k = q.astype(self.dtype), k.astype(self.dtype)
-        return self.o(attend(q, k, self.v(context), self.num_heads, self.scale))
+        return self.o(attend(q, k, self.v(context), self.num_heads, self.scale, in_pieces=self.in_pieces))
 
 
 class Block(nn.Module):
@@ -213,6 +217,7 @@ class WanTransformer(nn.Module):
 
     Attributes:
         checkpointing: for training: a block keeps only its input, and is computed again when its gradient is.
+            `save_memory` sets it.
     """
 
     def __init__(self, config: TransformerConfig, dtype: mx.Dtype = mx.float32):
@@ -253,6 +258,12 @@ class WanTransformer(nn.Module):
             run = checkpoint(block) if self.checkpointing else block
             x = run(x, context, modulation, rope)
         return unpatchify(self.head(x, time), grid, config.patch_size)
+
+    def save_memory(self, on: bool) -> None:
+        """For training: every block, and within it the scores of attention, is computed again instead of kept."""
+        self.checkpointing = on
+        for block in self.blocks:
+            block.self_attn.in_pieces = block.cross_attn.in_pieces = on
 
     def token_grid(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
         """Tokens along time, height and width for latents of `shape` (B, t, h, w, C)."""

@@ -104,7 +104,7 @@ def load_trainable(plan: Plan) -> WanTransformer:
         transformer.load_weights(frozen, strict=False)
     if recipe.resume_adapter_file:
         load_adapters(Path(recipe.resume_adapter_file), transformer)
-    transformer.checkpointing = recipe.grad_checkpoint
+    transformer.save_memory(recipe.grad_checkpoint)
     return transformer
 
 

@@ -111,7 +111,7 @@ class Plan:
             f"trains: {kind}, in {layers} of {config.num_layers} blocks: {self.trained:,} of {self.total:,} numbers",
             f"steps: {recipe.iters} of {size} clips, {recipe.iters * size / len(self.clips):.1f} times all clips; "
             f"{recipe.optimizer}, learning rate {recipe.learning_rate:g}, {recipe.lr_schedule}",
-            f"memory: about {need:.2f} GiB while training ({parts}), {self.encoding / _GIB:.2f} for the larger encoder before; "
+            f"memory: about {need:.2f} GiB while training ({parts}), {self.encoding / _GIB:.2f} for encoders before; "
             f"this machine has {have:.2f}: {'fits' if self.fits else DOES_NOT_FIT}",
         ]
 
