@@ -136,17 +136,25 @@ def run(reader: str, files: int, seed: int, folder: Path) -> tuple[int, float]:
     for i in range(files):
         path.write_bytes(damaged(data, rng))
         start = time.perf_counter()
-        try:
-            read(path)
-        except WanError as error:
+        message = _message(read, path, f"{reader}, seed {seed}, file {i}")
+        if message is not None:
             errors += 1
-            assert "\n" not in str(error), f"{reader} {i}: {error}"
-            assert str(error).startswith((str(folder), "holds")), f"{reader} {i}: {error}"
-        except Exception as error:
-            raise AssertionError(f"{reader}, seed {seed}, file {i}: {type(error).__name__}: {error}") from error
+            assert "\n" not in message, f"{reader} {i}: {message}"
+            assert message.startswith((str(folder), "holds")), f"{reader} {i}: {message}"
         longest = max(longest, time.perf_counter() - start)
         assert longest < SECONDS, f"{reader}, seed {seed}, file {i}: {longest:.1f} s"
     return errors, longest
+
+
+def _message(read: Callable[[Path], None], path: Path, which: str) -> str | None:
+    """What the reader says of a file, None if it read it."""
+    try:
+        read(path)
+    except WanError as error:
+        return str(error)
+    except Exception as error:
+        raise AssertionError(f"{which}: {type(error).__name__}: {error}") from error
+    return None
 
 
 def main() -> None:
