@@ -83,8 +83,8 @@ class Cache:
 
     def _make(self, what: str, wanted: list[tuple[Any, Path]], encoder: Callable, cached: Cached) -> None:
         world = mx.distributed.init()
-        missing = [(item, file) for item, file in wanted if not is_whole(file)]
-        share = missing[world.rank() :: world.size()]
+        # Shared out before looking what is missing, which another process may be changing just now.
+        share = [(item, file) for item, file in wanted[world.rank() :: world.size()] if not is_whole(file)]
         if share:
             encode = encoder()  # loads it: not before something is missing
             for done, (item, file) in enumerate(share, start=1):
