@@ -197,5 +197,5 @@ def test_another_autoencoder_is_another_run(tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_the_users_mistake(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"--run .*cannot write there"):
+    with pytest.raises(UserError, match=".*cannot write there"):
         check_writable(tmp_path / "file" / "run")
