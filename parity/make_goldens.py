@@ -9,6 +9,8 @@
 
     git clone https://github.com/Wan-Video/Wan2.2 && git -C Wan2.2 checkout 42bf4cf
     uv run parity/make_goldens.py --official Wan2.2 [--only tokens schedulers ...]
+    git clone https://github.com/Wan-Video/Wan2.1 && git -C Wan2.1 checkout 9737cba
+    uv run parity/make_goldens.py --official Wan2.1
     uv run parity/make_goldens.py --official Wan2.2 --at-scale runs/at_scale.npz
 
 float32 on the CPU. Goldens are written channels last, as this project has them. The last command, for
@@ -47,16 +49,16 @@ def channels_last(tensor):
 
 
 def names(wan):
-    """Every official parameter name and shape: of the small models and of the released ones."""
+    """Every official parameter name and shape of `small.MODELS`; those of the other repository stay as they are."""
 
     def shapes(module):
         return {name: list(p.shape) for name, p in module.named_parameters()}
 
-    table = {
-        size: {part: shapes(module) for part, module in official.build(wan, size).items()}
-        for size in ("small", "ti2v-5B")
-    }
     path = GOLDEN / "names.json"
+    table = json.loads(path.read_text()) if path.is_file() else {}
+    for model in small.MODELS21 if wan.is_21 else small.MODELS.keys() - small.MODELS21.keys():
+        table[model] = {part: shapes(module) for part, module in official.build(wan, model).items()}
+    table = {model: table[model] for model in small.MODELS if model in table}
     path.write_text(json.dumps(table, separators=(",", ":")) + "\n")
     print(f"{path.relative_to(ROOT)}: {path.stat().st_size / 1024:.0f} KiB")
 
@@ -108,18 +110,40 @@ def transformer(wan):
     save("transformer", out)
 
 
-def vae(wan):
+def _vae(wan, model, stride, channels):
     """Encode and decode of a 13-frame clip and of one frame, neither square."""
-    model = official.small_vae(wan)
+    model = official.small_vae(wan, model)
     mean, inverse_std = model.scale
     out = {"latents_mean": mean.numpy(), "latents_std": (1 / inverse_std).numpy()}
     for case, (frames, height, width) in {"clip": (13, 32, 48), "frame": (1, 64, 32)}.items():
         video = small.video(f"vae/{case}", frames, height, width)
-        latents = small.random(f"vae/{case}/latents", ((frames + 3) // 4, height // 16, width // 16, 48))[None]
+        shape = ((frames + 3) // 4, height // stride, width // stride, channels)
+        latents = small.random(f"vae/{case}/latents", shape)[None]
         with torch.no_grad():
             out[f"{case}/encoded"] = channels_last(model.encode([channels_first(video)])[0])
             out[f"{case}/decoded"] = channels_last(model.decode([channels_first(latents)])[0])
-    save("vae", out)
+    return out
+
+
+def vae(wan):
+    """The Wan2.2 autoencoder."""
+    save("vae", _vae(wan, "small", 16, 48))
+
+
+def vae21(wan):
+    """The Wan2.1 autoencoder."""
+    save("vae21", _vae(wan, "small-t2v-A14B", 8, 16))
+
+
+# From small.picture(), 100x70: to less, to more, and to another shape. Some pixels of each are stored.
+STRETCHED = ((64, 32), (112, 80), (48, 96))
+
+
+def pictures(_):
+    """A picture stretched as image2video.py does it."""
+    picture = official.to_tensor(small.picture()).sub_(0.5).div_(0.5)[None]
+    sizes = {f"{w}x{h}": torch.nn.functional.interpolate(picture, size=(h, w), mode="bicubic") for w, h in STRETCHED}
+    save("pictures", {name: frame[0].permute(1, 2, 0).numpy()[::3, ::2] for name, frame in sizes.items()})
 
 
 def schedulers(wan):
@@ -146,13 +170,51 @@ def runs(wan):
     out = {}
     for task in ("t2v", "i2v"):
         for solver in ("unipc", "dpm++"):
-            result = official.run(wan, task, solver, GOLDEN / "tokenizer.json")
+            result = official.run(wan, "small", task, solver, GOLDEN / "tokenizer.json")
             key = f"{task}/{solver}"
             out[f"{key}/latents"] = np.concatenate([channels_last(x) for x in result.latents])  # after each step
             out[f"{key}/frames"] = channels_last(result.video)[0][:, ::4, ::4]  # every fourth pixel
             out[f"{task}/noise"] = channels_last(result.noise)
             out[f"{key}/context"], out[f"{key}/context_null"] = (c.numpy() for c in result.contexts)
     save("runs", out)
+
+
+def expert_runs(wan):
+    """WanT2V and WanI2V of the A14B models: six steps that cross the boundary, guidance of its own on either side."""
+    out = {}
+    for model in small.EXPERT_RUNS:
+        task = model.split("-")[0]
+        for solver in ("unipc", "dpm++"):
+            result = official.run(wan, f"small-{model}", task, solver, GOLDEN / "tokenizer.json")
+            key = f"{model}/{solver}"
+            out[f"{key}/latents"] = np.concatenate([channels_last(x) for x in result.latents])  # after each step
+            out[f"{key}/experts"] = np.array(result.experts)  # 0 high noise, 1 low noise
+            out[f"{key}/frames"] = channels_last(result.video)[0][:, ::4, ::4]  # every fourth pixel
+            out[f"{model}/noise"] = channels_last(result.noise)
+        network = official.small_models(wan, f"small-{model}")["transformer_2"]
+        latents, channels = (small.random(f"{model}/{k}", (1, 3, 4, 6, n)) for k, n in (("latents", 16), ("y", 20)))
+        picture = {"y": [channels_first(channels)]} if task == "i2v" else {}
+        context = [torch.from_numpy(small.random(f"{model}/context", (11, 64)))]
+        with torch.no_grad():
+            (result,) = network([channels_first(latents)], torch.tensor([875.0]), context, 18, **picture)
+        out[f"{model}/velocity"] = channels_last(result)
+    save("expert_runs", out)
+
+
+def runs21(wan):
+    """WanT2V, WanI2V and WanFLF2V of the Wan2.1 repository, UniPC; and what its image encoder makes of a picture."""
+    out = {}
+    for model in small.RUNS21:
+        task = model.split("-")[0]
+        result = official.run(wan, f"small-{model}", task, "unipc", GOLDEN / "tokenizer.json")
+        out[f"{model}/latents"] = np.concatenate([channels_last(x) for x in result.latents])  # after each step
+        out[f"{model}/frames"] = channels_last(result.video)[0][::4, ::4, ::4]  # every fourth frame and pixel
+        out[f"{model}/noise"] = channels_last(result.noise)
+    clip = official.small_clip(wan, official.small_models(wan, "small-i2v-14B")["image_encoder"])
+    picture = official.to_tensor(small.picture()).sub_(0.5).div_(0.5)
+    with torch.no_grad():
+        out["image_tokens"] = clip.visual([picture[:, None]])[:, ::8, ::16].numpy()
+    save("runs21", out)
 
 
 def gradients(wan):
@@ -218,21 +280,26 @@ def at_scale(wan, path):
     np.savez_compressed(path, **out)
 
 
-GOLDENS = {f.__name__: f for f in (names, tokens, text_encoder, transformer, vae, schedulers, runs, gradients)}
+GOLDENS = {
+    f.__name__: f
+    for f in (names, tokens, text_encoder, transformer, vae, vae21, pictures, schedulers, runs, expert_runs, gradients)
+}
+GOLDENS21 = {f.__name__: f for f in (names, runs21)}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--official", required=True, help="a clone of the official repository")
-    parser.add_argument("--only", nargs="+", choices=GOLDENS, default=list(GOLDENS))
+    parser.add_argument("--only", nargs="+", choices=GOLDENS | GOLDENS21)
     parser.add_argument("--at-scale", type=Path, metavar="FILE", help="instead: large networks, to this file")
     args = parser.parse_args()
     torch.set_num_threads(2)
     wan = official.load(args.official)
     if args.at_scale:
         return at_scale(wan, args.at_scale)
-    for name in args.only:
-        GOLDENS[name](wan)
+    goldens = GOLDENS21 if wan.is_21 else GOLDENS
+    for name in args.only or goldens:
+        goldens[name](wan)
 
 
 if __name__ == "__main__":

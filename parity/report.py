@@ -6,6 +6,7 @@ Usage: uv run python parity/report.py [--at-scale runs/at_scale.npz]
 import argparse
 import platform
 import sys
+import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
@@ -17,19 +18,23 @@ import mlx.core as mx  # isort: skip
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 import cases
+import checkpoint
 import small
 from mlx.utils import tree_flatten
 
+from mlx_wan.pipeline import WanPipeline
 from mlx_wan.schedulers import SCHEDULERS
 
 
 def groups():
     """(name, pairs) for each row of the table."""
     yield f"text embeddings, {len(small.PROMPTS)} prompts", list(cases.text_encoder())
-    for label, got, want in cases.transformer():
+    for label, got, want in (*cases.transformer(), *cases.experts()):
         yield f"transformer, {label}", [(label, got, want)]
-    for label, got, want in cases.vae():
-        yield f"VAE, {label}", [(label, got, want)]
+    for kind, name in {"vae": "VAE", "vae21": "Wan2.1 VAE"}.items():
+        for label, got, want in cases.vae(kind):
+            yield f"{name}, {label}", [(label, got, want)]
+    yield "Wan2.1 image encoder", list(cases.image_encoder())
     for name in SCHEDULERS:
         runs = [run for run in cases.scheduler_runs() if run.startswith(f"{name}/")]
         yield f"{name}, every step of {len(runs)} runs", [p for run in runs for p in list(cases.scheduler(run))[2:]]
@@ -38,6 +43,17 @@ def groups():
             pairs = list(cases.run(task, solver))
             yield f"{task}, {solver}, six guided steps: final latents", pairs[-2:-1]
             yield f"{task}, {solver}, six guided steps: frames", pairs[-1:]
+    for kind in small.EXPERT_RUNS:
+        with tempfile.TemporaryDirectory() as folder:
+            pipe = WanPipeline.from_pretrained(checkpoint.write_official(Path(folder), f"small-{kind}"), mx.float32)
+            for solver in ("unipc", "dpm++"):
+                *_, latents, _ = cases.expert_run(pipe, kind, solver)
+                yield f"{kind}, {solver}, six guided steps over two experts: final latents", [latents]
+    for kind, settings in small.RUNS21.items():
+        with tempfile.TemporaryDirectory() as folder:
+            pipe = WanPipeline.from_pretrained(checkpoint.write_official(Path(folder), f"small-{kind}"), mx.float32)
+            *_, latents, _ = cases.run21(pipe, kind)
+            yield f"Wan2.1 {kind}, unipc, {settings['num_inference_steps']} guided steps: final latents", [latents]
     for case in cases.LOSSES:
         pairs = list(cases.gradients(case))
         got, want = (np.concatenate([pair[i] for pair in pairs]) for i in (1, 2))

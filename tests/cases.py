@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,11 +16,14 @@ import small
 from mlx.utils import tree_flatten
 from PIL import Image
 
-from mlx_wan.conditioning import best_output_size, image_to_frame
+from mlx_wan.conditioning import area_size, best_output_size, image_to_frame, stretched_frame
+from mlx_wan.models.clip import ImageEncoder, ImageEncoderConfig
 from mlx_wan.models.transformer import TransformerConfig, WanTransformer
 from mlx_wan.models.umt5 import TextEncoderConfig, UMT5Encoder
+from mlx_wan.models.vae21 import VAE21Config, WanVAE21
 from mlx_wan.models.vae22 import FeatureCache, VAEConfig, WanVAE22
-from mlx_wan.sampling import denoise
+from mlx_wan.pipeline import WanPipeline
+from mlx_wan.sampling import Condition, Expert, denoise
 from mlx_wan.schedulers import make_scheduler
 from mlx_wan.text import Tokenizer, clean_prompt
 from mlx_wan.zoo import NEGATIVE_PROMPT
@@ -34,9 +38,9 @@ def golden(name: str) -> dict[str, np.ndarray]:
         return dict(arrays)
 
 
-def official_names(size: str, part: str) -> dict[str, list[int]]:
-    """Parameter name -> shape in the official checkpoint; size "small" or "ti2v-5B"."""
-    return json.loads((GOLDEN / "names.json").read_text())[size][part]
+def official_names(model: str, part: str) -> dict[str, list[int]]:
+    """Parameter name -> shape in the official checkpoint of one of `small.MODELS`."""
+    return json.loads((GOLDEN / "names.json").read_text())[model][part]
 
 
 def relative_error(got: np.ndarray, want: np.ndarray) -> float:
@@ -53,10 +57,10 @@ def native(name: str, array: np.ndarray) -> np.ndarray:
     return np.moveaxis(array, 1, -1) if array.ndim > 3 else array
 
 
-def load_small(part: str) -> nn.Module:
+def load_small(part: str, model: str = "small") -> nn.Module:
     """A module with the weights of `small`; fails unless it has exactly the official names and shapes."""
-    module = build(part, small.SMALL[part])
-    shapes = official_names("small", part)
+    module = build(part, small.MODELS[model][part])
+    shapes = official_names(model, part)
     weights = [(name, native(name, small.weight(part, name, tuple(shape)))) for name, shape in shapes.items()]
     module.load_weights([(name, mx.array(w)) for name, w in weights], strict=True)
     return module
@@ -64,12 +68,17 @@ def load_small(part: str) -> nn.Module:
 
 def build(part: str, dimensions: dict) -> nn.Module:
     """A module without its weights; the VAE's latents are normalised as the released one's."""
-    if part == "transformer":
+    if part.startswith("transformer"):
         return WanTransformer(TransformerConfig(**dimensions))
     if part == "text_encoder":
         return UMT5Encoder(TextEncoderConfig(**dimensions))
-    mean, std = (tuple(golden("vae")[f"latents_{k}"].tolist()) for k in ("mean", "std"))
-    return WanVAE22(VAEConfig(**dimensions, latents_mean=mean, latents_std=std))
+    if part == "image_encoder":
+        return ImageEncoder(ImageEncoderConfig(**dimensions))
+    stored = golden("vae" if "dec_dim" in dimensions else "vae21")
+    mean, std = (tuple(stored[f"latents_{k}"].tolist()) for k in ("mean", "std"))
+    if "dec_dim" in dimensions:
+        return WanVAE22(VAEConfig(**dimensions, latents_mean=mean, latents_std=std))
+    return WanVAE21(VAE21Config(**dimensions, latents_mean=mean, latents_std=std))
 
 
 def text_encoder() -> Iterator[Pair]:
@@ -97,8 +106,30 @@ def transformer() -> Iterator[Pair]:
         yield f"{case} timesteps", np.array(model(latents, mx.array(stored[f"{case}/timesteps"]), context)), want
 
 
-def vae() -> Iterator[Pair]:
-    stored, model = golden("vae"), load_small("vae")
+def experts() -> Iterator[Pair]:
+    """A call of each small model's low-noise expert, that for pictures with the channels they add."""
+    for kind in small.EXPERT_RUNS:
+        latents, picture = (
+            mx.array(small.random(f"{kind}/{k}", (1, 3, 4, 6, n))) for k, n in (("latents", 16), ("y", 20))
+        )
+        inputs = mx.concatenate([latents, picture], axis=-1) if kind.startswith("i2v") else latents
+        context = np.zeros((1, small.T2V["text_len"], 64), np.float32)
+        context[0, :11] = small.random(f"{kind}/context", (11, 64))
+        got = load_small("transformer_2", f"small-{kind}")(inputs, mx.array([875.0]), mx.array(context))
+        yield f"{kind} expert", np.array(got), golden("expert_runs")[f"{kind}/velocity"]
+
+
+def image_encoder() -> Iterator[Pair]:
+    """A picture's tokens, some of their numbers."""
+    model = load_small("image_encoder", "small-i2v-14B")
+    square = stretched_frame(Image.fromarray(small.picture()), 224, 224)[0]
+    got = np.array(model(mx.array(square)))
+    yield f"{got.shape[1]} tokens of a picture", got[:, ::8, ::16], golden("runs21")["image_tokens"]
+
+
+def vae(kind: str = "vae") -> Iterator[Pair]:
+    """Of the Wan2.2 autoencoder, or "vae21", Wan2.1's."""
+    stored, model = golden(kind), load_small("vae", "small" if kind == "vae" else "small-t2v-A14B")
     for case, (frames, height, width) in {"clip": (13, 32, 48), "frame": (1, 64, 32)}.items():
         clip = small.video(f"vae/{case}", frames, height, width)
         yield f"encode {case}", np.array(model.encode(mx.array(clip))), stored[f"{case}/encoded"]
@@ -145,18 +176,57 @@ def run(task: str, solver: str) -> Iterator[Pair]:
         area = settings["width"] * settings["height"]
         width, height = best_output_size(*picture.size, 32, 32, area)
         first = vae.encode(mx.array(image_to_frame(picture, width, height)))
+    expert = Expert(load_small("transformer"), settings["guidance_scale"])
     steps = denoise(
-        load_small("transformer"),
+        lambda _: expert,
         make_scheduler(solver, settings["num_inference_steps"], settings["shift"]),
         mx.array(stored[f"{task}/noise"]),
         *contexts,
-        settings["guidance_scale"],
-        first,
+        Condition(first_frame=first),
     )
     latents = None
     for i, (latents, want) in enumerate(zip(steps, stored[f"{task}/{solver}/latents"], strict=True)):
         yield f"latents after step {i + 1}", np.array(latents)[0], want
     yield "frames", np.array(vae.decode(latents))[0, :, ::4, ::4], stored[f"{task}/{solver}/frames"]
+
+
+def expert_settings(kind: str) -> dict[str, Any]:
+    """The pipeline's arguments for a stored run of two experts."""
+    settings = dict(small.EXPERT_RUNS[kind])
+    if kind.startswith("i2v"):
+        picture = Image.fromarray(small.picture())
+        width, height = area_size(*picture.size, 16, 16, settings["width"] * settings["height"])
+        settings |= {"image": picture, "width": width, "height": height, "negative_prompt": small.I2V_NEGATIVE_PROMPT}
+    return settings | {"prompt": small.RUN_PROMPT, "latents": golden("expert_runs")[f"{kind}/noise"]}
+
+
+def expert_run(pipe: WanPipeline, kind: str, solver: str) -> Iterator[Pair]:
+    """A whole run of a pipeline with two experts; the frames as whole numbers."""
+    stored, latents = golden("expert_runs"), []
+    out = pipe(scheduler=solver, callback=lambda *step: latents.append(np.array(step[2])[0]), **expert_settings(kind))
+    for i, (got, want) in enumerate(zip(latents, stored[f"{kind}/{solver}/latents"], strict=True)):
+        yield f"latents after step {i + 1}", got, want
+    assert out.frames is not None
+    yield "frames", out.frames[:, ::4, ::4], np.round((stored[f"{kind}/{solver}/frames"] + 1) * 127.5)
+
+
+def run21(pipe: WanPipeline, kind: str) -> Iterator[Pair]:
+    """A whole run of a pipeline of the Wan2.1 kind; the frames as whole numbers."""
+    stored, settings, latents = golden("runs21"), dict(small.RUNS21[kind]), []
+    if kind.startswith("i2v"):
+        settings |= {"image": Image.fromarray(small.picture())}
+    elif kind.startswith("flf2v"):
+        images = (Image.fromarray(small.picture(name=name)) for name in ("picture", "last"))
+        settings |= dict(zip(("image", "last_image"), images, strict=True))
+    if "image" in settings:
+        width, height = area_size(*settings["image"].size, 16, 16, settings["width"] * settings["height"])
+        settings |= {"width": width, "height": height, "negative_prompt": small.I2V_NEGATIVE_PROMPT}
+    note = lambda *step: latents.append(np.array(step[2])[0])  # noqa: E731
+    out = pipe(small.RUN_PROMPT, latents=stored[f"{kind}/noise"], callback=note, **settings)
+    for i, (got, want) in enumerate(zip(latents, stored[f"{kind}/latents"], strict=True)):
+        yield f"latents after step {i + 1}", got, want
+    assert out.frames is not None
+    yield "frames", out.frames[::4, ::4, ::4], np.round((stored[f"{kind}/frames"] + 1) * 127.5)
 
 
 def official_layout(name: str, array: np.ndarray) -> np.ndarray:

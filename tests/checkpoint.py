@@ -10,6 +10,7 @@ import numpy as np
 import safetensors.numpy
 import small
 
+CLIP = "models_clip_open-clip-xlm-roberta-large-vit-huge-14"
 GOLDEN = Path(__file__).parent / "golden"
 # The official config.json has these; patch_size, text_dim and the like are left to the code.
 CONFIG_KEYS = (
@@ -17,20 +18,36 @@ CONFIG_KEYS = (
 )  # fmt: skip
 
 
-def official_weights(part: str) -> dict[str, np.ndarray]:
+def official_weights(part: str, model: str = "small") -> dict[str, np.ndarray]:
     """Every tensor of a component under its official name and in its official layout."""
-    names = json.loads((GOLDEN / "names.json").read_text())["small"][part]
+    names = json.loads((GOLDEN / "names.json").read_text())[model][part]
     return {name: small.weight(part, name, tuple(shape)) for name, shape in names.items()}
 
 
-def write_official(folder: Path) -> Path:
-    """config.json, a sharded transformer, text encoder and VAE as .pth, and the tokenizer; float32 throughout."""
-    folder.mkdir(parents=True, exist_ok=True)
-    config = {"_class_name": "WanModel"} | {key: small.TRANSFORMER[key] for key in CONFIG_KEYS}
-    (folder / "config.json").write_text(json.dumps(config))
-    write_shards(folder, official_weights("transformer"))
-    write_pth(folder / "models_t5_umt5-xxl-enc-bf16.pth", official_weights("text_encoder"))
-    write_pth(folder / "Wan2.2_VAE.pth", official_weights("vae"))
+def clip_weights(model: str) -> dict[str, np.ndarray]:
+    """The image encoder as its file has it: beside a text encoder, here a stub of one."""
+    visual = {f"visual.{name}": array for name, array in official_weights("image_encoder", model).items()}
+    return {"log_scale": np.zeros((), np.float32), "textual.norm.weight": np.ones(4, np.float32), **visual}
+
+
+def write_official(folder: Path, model: str = "small") -> Path:
+    """config.json, sharded transformers, text encoder and VAE as .pth, and the tokenizer; float32 throughout.
+
+    model: one of `small.MODELS` that is small; two experts go into folders of their own.
+    """
+    parts = small.MODELS[model]
+    experts = {"transformer": "high_noise_model", "transformer_2": "low_noise_model"}
+    for part in (name for name in parts if name.startswith("transformer")):
+        place = folder / experts[part] if "transformer_2" in parts else folder
+        place.mkdir(parents=True, exist_ok=True)
+        config = {"_class_name": "WanModel"} | {key: parts[part][key] for key in CONFIG_KEYS}
+        (place / "config.json").write_text(json.dumps(config))
+        write_shards(place, official_weights(part, model))
+    write_pth(folder / "models_t5_umt5-xxl-enc-bf16.pth", official_weights("text_encoder", model))
+    if "image_encoder" in parts:
+        write_pth(folder / f"{CLIP}.pth", clip_weights(model))
+    vae = "Wan2.2_VAE.pth" if "dec_dim" in parts["vae"] else "Wan2.1_VAE.pth"
+    write_pth(folder / vae, official_weights("vae", model))
     (folder / "google" / "umt5-xxl").mkdir(parents=True)
     shutil.copy(GOLDEN / "tokenizer.json", folder / "google" / "umt5-xxl" / "tokenizer.json")
     return folder

@@ -43,6 +43,30 @@ VAE = {
     "temporal_downsample": (False, True, True),
 }
 SMALL = {"transformer": TRANSFORMER, "text_encoder": TEXT_ENCODER, "vae": VAE}
+# The Wan2.1 kind, which A14B models use too.
+VAE21 = {
+    "dim": 8,
+    "z_dim": 16,
+    "dim_mult": (1, 2, 4, 4),
+    "num_res_blocks": 2,
+    "temporal_downsample": (False, True, True),
+}
+T2V = TRANSFORMER | {"model_type": "t2v", "in_dim": 16, "out_dim": 16}
+I2V = T2V | {"model_type": "i2v", "in_dim": 36}  # latents, 4 channels of mask, latents of the picture
+
+# CLIP's visual half; the official transformer insists on 1280 wide tokens, FLF2V's on 257 of each picture.
+IMAGE_ENCODER = {
+    "image_size": 224,
+    "patch_size": 14,
+    "dim": 1280,
+    "ffn_dim": 320,
+    "out_dim": 64,
+    "num_heads": 16,
+    "num_layers": 2,
+    "eps": 1e-5,
+}
+I2V21 = I2V | {"image_dim": 1280}
+FLF2V21 = I2V21 | {"model_type": "flf2v", "image_positions": 514}
 
 # TI2V-5B: its config.json, wan/configs/wan_ti2v_5B.py, and the defaults in t5.py and vae2_2.py.
 RELEASED = {
@@ -51,6 +75,39 @@ RELEASED = {
     | {"vocab_size": 256384, "dim": 4096, "dim_attn": 4096, "dim_ffn": 10240, "num_heads": 64, "num_layers": 24},
     "vae": VAE | {"dim": 160, "dec_dim": 256},
 }
+_14B = {"dim": 5120, "ffn_dim": 13824, "num_heads": 40, "num_layers": 40, "text_dim": 4096}
+
+# Every model whose parameters' names are in golden/names.json: component -> dimensions.
+MODELS = {
+    "small": SMALL,
+    "small-t2v-A14B": {"transformer": T2V, "transformer_2": T2V, "text_encoder": TEXT_ENCODER, "vae": VAE21},
+    "small-i2v-A14B": {"transformer": I2V, "transformer_2": I2V, "text_encoder": TEXT_ENCODER, "vae": VAE21},
+    "ti2v-5B": RELEASED,
+    # One expert each; wan/configs/wan_*_A14B.py. The text encoder is TI2V-5B's.
+    "t2v-A14B": {"transformer": T2V | _14B, "vae": VAE21 | {"dim": 96}},
+    "i2v-A14B": {"transformer": I2V | _14B},
+}
+# Those that the Wan2.1 repository builds.
+MODELS21 = {
+    "small-t2v-14B": {"transformer": T2V, "text_encoder": TEXT_ENCODER, "vae": VAE21},
+    "small-i2v-14B": {
+        "transformer": I2V21,
+        "text_encoder": TEXT_ENCODER,
+        "image_encoder": IMAGE_ENCODER,
+        "vae": VAE21,
+    },
+    "small-flf2v-14B": {
+        "transformer": FLF2V21,
+        "text_encoder": TEXT_ENCODER,
+        "image_encoder": IMAGE_ENCODER,
+        "vae": VAE21,
+    },
+    "i2v-14B": {
+        "transformer": I2V21 | _14B,
+        "image_encoder": IMAGE_ENCODER | {"ffn_dim": 5120, "out_dim": 1024, "num_layers": 32},
+    },
+}
+MODELS |= MODELS21
 
 
 def at_scale() -> dict[str, dict]:
@@ -82,6 +139,52 @@ RUN = {
     "num_inference_steps": 6,
     "guidance_scale": 5.0,
     "shift": 5.0,
+}
+# Guidance is (low noise, high noise); the schedules cross the boundary after four and after three steps.
+EXPERT_RUNS = {
+    "t2v-A14B": {
+        "width": 64,
+        "height": 48,
+        "num_frames": 9,
+        "num_inference_steps": 6,
+        "guidance_scale": (3.0, 4.0),
+        "shift": 12.0,
+    },
+    "i2v-A14B": {
+        "width": 64,
+        "height": 48,
+        "num_frames": 9,
+        "num_inference_steps": 6,
+        "guidance_scale": (2.5, 3.5),
+        "shift": 5.0,
+    },
+}
+# Wan2.1: one transformer. FLF2V's official code takes 81 frames and no other number.
+RUNS21 = {
+    "t2v-14B": {
+        "width": 64,
+        "height": 48,
+        "num_frames": 9,
+        "num_inference_steps": 4,
+        "guidance_scale": 5.0,
+        "shift": 5.0,
+    },
+    "i2v-14B": {
+        "width": 64,
+        "height": 48,
+        "num_frames": 9,
+        "num_inference_steps": 4,
+        "guidance_scale": 5.0,
+        "shift": 3.0,
+    },
+    "flf2v-14B": {
+        "width": 32,
+        "height": 32,
+        "num_frames": 81,
+        "num_inference_steps": 3,
+        "guidance_scale": 5.0,
+        "shift": 16.0,
+    },
 }
 RUN_PROMPT = "Two small cats &amp; a red ring,  slowly turning"
 I2V_NEGATIVE_PROMPT = "blurry"
@@ -128,6 +231,6 @@ def video(name: str, frames: int, height: int, width: int) -> np.ndarray:
     return np.clip(clip, -1, 1).astype(np.float32)[None]
 
 
-def picture(height: int = 70, width: int = 100) -> np.ndarray:
+def picture(height: int = 70, width: int = 100, name: str = "picture") -> np.ndarray:
     """(height, width, 3) uint8: a frame of `video`, of a size that no stride divides."""
-    return np.round((video("picture", 1, height, width)[0, 0] + 1) * 127.5).astype(np.uint8)
+    return np.round((video(name, 1, height, width)[0, 0] + 1) * 127.5).astype(np.uint8)

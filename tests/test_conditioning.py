@@ -1,8 +1,17 @@
+import cases
 import numpy as np
 import pytest
+import small
 from PIL import Image
 
-from mlx_wan.conditioning import best_output_size, image_to_frame
+from mlx_wan.conditioning import (
+    area_size,
+    best_output_size,
+    cropped,
+    image_to_frame,
+    known_frames,
+    stretched_frame,
+)
 from mlx_wan.errors import UserError
 
 
@@ -63,3 +72,60 @@ def test_small_and_grey_pictures_are_scaled_up_to_cover():
     frame = image_to_frame(Image.new("L", (7, 5), 255), 64, 32)
     assert frame.shape == (1, 1, 32, 64, 3)
     np.testing.assert_array_equal(frame, 1)
+
+
+# --- image to video -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("picture", "video"),
+    [  # values of the official image2video.py for an area of 720 x 1280
+        ((1920, 1080), (1280, 720)),
+        ((1080, 1920), (720, 1280)),
+        ((1024, 1024), (960, 960)),
+        ((4000, 3000), (1104, 816)),
+        ((300, 2000), (368, 2464)),
+    ],
+)
+def test_sizes_of_the_image_to_video_rule(picture, video):
+    assert area_size(*picture, 16, 16, 720 * 1280) == video
+
+
+def test_a_sliver_is_refused_there_too():
+    with pytest.raises(UserError, match="2x4000 picture is too narrow"):
+        area_size(2, 4000, 16, 16, 64 * 64)
+
+
+@pytest.mark.parametrize("size", cases.golden("pictures"))
+def test_stretching_is_that_of_the_official_code(size):
+    width, height = map(int, size.split("x"))
+    frame = stretched_frame(Image.fromarray(small.picture()), width, height)
+    assert (frame.shape, frame.dtype) == ((1, 1, height, width, 3), np.float32)
+    assert cases.relative_error(frame[0, 0, ::3, ::2], cases.golden("pictures")[size]) < 1e-6
+
+
+def test_only_a_picture_of_another_shape_is_cropped():
+    picture = Image.fromarray(small.picture())  # 100x70
+    for width, height in ((64, 32), (64, 48), (80, 48)):  # what rounding to steps of 16 makes of its shape
+        assert cropped(picture, width, height, 16) is picture
+    part = cropped(picture, 48, 96, 16)
+    np.testing.assert_array_equal(part, picture.crop((32, 0, 67, 70)))
+
+
+def test_the_official_rule_never_crops():
+    for width in range(40, 2000, 97):
+        for height in range(40, 2000, 101):
+            picture = Image.new("L", (width, height))
+            assert cropped(picture, *area_size(width, height, 16, 16, 480 * 832), 16) is picture
+
+
+def test_frames_that_are_known_and_a_mask_of_them():
+    first, last = (np.full((1, 1, 8, 16, 3), value, np.float32) for value in (0.5, -0.5))
+    video, mask = known_frames({0: first}, 9, 4)
+    assert (video.shape, mask.shape) == ((1, 9, 8, 16, 3), (1, 3, 1, 1, 4))
+    assert (video[:, 0] == 0.5).all()
+    assert (video[:, 1:] == 0).all()
+    np.testing.assert_array_equal(mask.reshape(3, 4), [[1, 1, 1, 1], [0, 0, 0, 0], [0, 0, 0, 0]])
+    video, mask = known_frames({0: first, 8: last}, 9, 4)
+    assert (video[:, 8] == -0.5).all()
+    np.testing.assert_array_equal(mask.reshape(3, 4), [[1, 1, 1, 1], [0, 0, 0, 0], [0, 0, 0, 1]])

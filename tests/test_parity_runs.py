@@ -51,3 +51,57 @@ def test_the_pipeline_on_the_official_layout(pipe, task, solver):
     off = np.abs(out.frames[:, ::4, ::4] - np.round((stored[f"{task}/{solver}/frames"] + 1) * 127.5))
     assert off.max() <= 1  # only pixels so near to a half that the last digits decide
     assert np.mean(off > 0) < 1e-3
+
+
+# --- two experts ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=small.EXPERT_RUNS)
+def experts(request, tmp_path_factory):
+    folder = checkpoint.write_official(tmp_path_factory.mktemp(request.param) / "Wan2.2", f"small-{request.param}")
+    return request.param, mlx_wan.WanPipeline.from_pretrained(folder, dtype=mx.float32)
+
+
+@pytest.mark.parametrize("solver", ["unipc", "dpm++"])
+def test_a_run_over_two_experts(experts, solver, monkeypatch):
+    """WanT2V and WanI2V: every step's latents, which expert made them, and the frames."""
+    kind, pipe = experts
+    load, loads = pipe._load_transformer, []
+
+    def spy(part):
+        loads.append(["transformer", "transformer_2"].index(part))
+        return load(part)
+
+    monkeypatch.setattr(pipe, "_load_transformer", spy)
+    *latents, (_, frames, wanted) = cases.expert_run(pipe, kind, solver)
+    errors = [cases.relative_error(got, want) for _, got, want in latents]
+    assert max(errors) < 1e-4, errors
+    assert loads == cases.golden("expert_runs")[f"{kind}/{solver}/experts"].tolist()
+    off = np.abs(frames - wanted)
+    assert off.max() <= 1
+    assert np.mean(off > 0) < 1e-3
+
+
+def test_the_bound_tells_the_guidances_apart(experts):
+    kind, pipe = experts
+    settings = cases.expert_settings(kind)
+    settings["guidance_scale"] = settings["guidance_scale"][::-1]
+    out = pipe(output_type="latent", **settings)
+    assert (
+        cases.relative_error(np.array(out.latents)[0], cases.golden("expert_runs")[f"{kind}/unipc/latents"][-1]) > 1e-2
+    )
+
+
+# --- Wan2.1 ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", small.RUNS21)
+def test_a_run_of_the_wan21_kind(kind, tmp_path):
+    pipe = mlx_wan.WanPipeline.from_pretrained(checkpoint.write_official(tmp_path / "Wan2.1", f"small-{kind}"))
+    *latents, (_, frames, wanted) = cases.run21(pipe, kind)
+    errors = [cases.relative_error(got, want) for _, got, want in latents]
+    assert len(errors) == small.RUNS21[kind]["num_inference_steps"]
+    assert max(errors) < 1e-4, errors
+    off = np.abs(frames - wanted)
+    assert off.max() <= 1
+    assert np.mean(off > 0) < 1e-3

@@ -11,6 +11,7 @@ import small
 from PIL import Image
 
 import mlx_wan
+from mlx_wan import pipeline
 from mlx_wan.errors import UserError, WanError
 
 SMALL = {"width": 64, "height": 32, "num_frames": 5, "num_inference_steps": 2}
@@ -145,25 +146,29 @@ def test_a_video_that_is_not_a_number_is_a_failure(folder):
 # --- memory --------------------------------------------------------------------------------------------------
 
 
+def in_memory(pipe):
+    """The modules a pipeline holds."""
+    parts = {"text_encoder": pipe._text_encoder, "vae": pipe._vae, **pipe._transformers}
+    return {name: module for name, module in parts.items() if module is not None}
+
+
 def test_with_low_memory_one_large_part_is_there_at_a_time(folder):
     pipe = mlx_wan.WanPipeline.from_pretrained(folder, low_memory=True)
     parts, alive = {}, []
     for event in pipe.stream("a cat", **SMALL, seed=0):
-        for name in ("_text_encoder", "_transformer", "_vae"):
-            module = getattr(pipe, name)
-            if module is not None and name not in parts:
-                parts[name] = weakref.ref(module)
+        for name, module in in_memory(pipe).items():
+            parts.setdefault(name, weakref.ref(module))
             del module
         gc.collect()
         alive.append((event.stage, {name for name, part in parts.items() if part() is not None}))
     assert alive == [
-        ("text", {"_text_encoder"}),
-        ("text", {"_text_encoder"}),
-        ("denoise", {"_transformer"}),
-        ("denoise", {"_transformer"}),
+        ("text", {"text_encoder"}),
+        ("text", {"text_encoder"}),
+        ("denoise", {"transformer"}),
+        ("denoise", {"transformer"}),
         ("latents", set()),
-        ("frames", {"_vae"}),
-        ("frames", {"_vae"}),
+        ("frames", {"vae"}),
+        ("frames", {"vae"}),
     ]
 
 
@@ -172,3 +177,128 @@ def test_without_it_the_parts_stay(folder):
     parts = (pipe.text_encoder, pipe.transformer, pipe.vae)
     pipe("a cat", **SMALL, seed=0)
     assert parts == (pipe.text_encoder, pipe.transformer, pipe.vae)
+
+
+# --- two experts ---------------------------------------------------------------------------------------------
+
+CROSSING = {"width": 32, "height": 32, "num_frames": 5, "num_inference_steps": 4, "seed": 0}
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory):
+    return checkpoint.write_official(tmp_path_factory.mktemp("experts") / "Wan2.2", "small-t2v-A14B")
+
+
+def watched(pipe, **options):
+    """(stage, which transformers are anywhere in memory) at each event of a run that crosses the boundary."""
+    parts, seen = {}, []
+    for event in pipe.stream("a cat", **CROSSING, **options):
+        for name, module in pipe._transformers.items():
+            parts.setdefault(name, weakref.ref(module))
+            del module
+        gc.collect()
+        seen.append((event.stage, {name for name, part in parts.items() if part() is not None}))
+    return [names for stage, names in seen if stage == "denoise"], seen[-1][1]
+
+
+def test_one_expert_is_in_memory_at_a_time_and_they_change_places_once(experts, monkeypatch):
+    loads = []
+    load = pipeline.load_transformer
+    monkeypatch.setattr(pipeline, "load_transformer", lambda *args: loads.append(args[2]) or load(*args))
+    pipe = mlx_wan.WanPipeline.from_pretrained(experts, low_memory=False)
+    during, after = watched(pipe)
+    high, low = {"transformer"}, {"transformer_2"}
+    assert during == [high, high, high, low]
+    assert after == low
+    assert loads == ["transformer", "transformer_2"]
+    assert watched(mlx_wan.WanPipeline.from_pretrained(experts, low_memory=True))[1] == set()
+
+
+def test_both_experts_stay_if_asked(experts):
+    pipe = mlx_wan.WanPipeline.from_pretrained(experts, low_memory=False, keep_both_experts=True)
+    during, after = watched(pipe)
+    assert [len(names) for names in during] == [1, 1, 1, 2]
+    assert after == {"transformer", "transformer_2"}
+    assert pipe.transformer is pipe.transformer is not pipe.transformer_2
+    one_at_a_time = mlx_wan.WanPipeline.from_pretrained(experts)
+    options = {**CROSSING, "output_type": "latent"}
+    assert mx.array_equal(pipe("a cat", **options).latents, one_at_a_time("a cat", **options).latents)
+
+
+def test_a_model_with_one_transformer_has_no_second(pipe):
+    assert pipe.transformer_2 is None
+    with pytest.raises(UserError, match=r"a pair .* is for models of two experts"):
+        pipe("a cat", **SMALL, guidance_scale=(3.0, 4.0))
+
+
+def test_one_number_of_guidance_is_for_both_experts(experts):
+    pipe = mlx_wan.WanPipeline.from_pretrained(experts, keep_both_experts=True)
+    options = {**CROSSING, "output_type": "latent"}
+    one, pair, other = (pipe("a cat", **options, guidance_scale=s).latents for s in (2.0, (2.0, 2.0), (3.0, 2.0)))
+    assert mx.array_equal(one, pair)
+    assert not mx.array_equal(one, other)
+    with pytest.raises(UserError, match=r"guidance_scale is \(2\.0, nan\); it must be a number"):
+        pipe("a cat", **options, guidance_scale=(2.0, float("nan")))
+
+
+def test_pictures_where_they_belong(experts, tmp_path):
+    picture = Image.fromarray(small.picture())
+    with pytest.raises(UserError, match="custom takes no picture"):
+        mlx_wan.WanPipeline.from_pretrained(experts)("a cat", **CROSSING, image=picture)
+    pipe = mlx_wan.WanPipeline.from_pretrained(checkpoint.write_official(tmp_path / "i2v", "small-i2v-A14B"))
+    with pytest.raises(UserError, match="custom makes a video of a picture: give an image"):
+        pipe("a cat", **CROSSING)
+    assert pipe._request("a cat", picture, *[None] * 10).width == 1136  # of 100x70 at the area of 1280x720
+    with pytest.raises(UserError, match="num_frames is 1; a first and a last frame need more"):
+        pipe("a cat", picture, last_image=picture, num_frames=1)
+
+
+# --- first and last frame, image tokens -----------------------------------------------------------------------
+
+
+def test_two_experts_take_a_last_frame_too(tmp_path):
+    pipe = mlx_wan.WanPipeline.from_pretrained(checkpoint.write_official(tmp_path / "i2v", "small-i2v-A14B"))
+    first, last = (Image.fromarray(small.picture(32, 32, name)) for name in ("picture", "last"))
+    request = pipe._request("a cat", first, None, 32, 32, 9, *[None] * 6, last)
+    channels = np.array(pipe._known_frames(request).channels)
+    assert channels.shape == (1, 3, 4, 4, 20)
+    np.testing.assert_array_equal(channels[0, :, 0, 0, :4], [[1, 1, 1, 1], [0, 0, 0, 0], [0, 0, 0, 1]])
+    video = np.zeros((1, 9, 32, 32, 3), np.float32)
+    video[:, 0], video[:, 8] = (np.asarray(picture) / np.float32(127.5) - 1 for picture in (first, last))
+    assert np.abs(channels[..., 4:] - np.array(pipe.vae.encode(mx.array(video)))).max() < 1e-5
+    options = {**CROSSING, "num_frames": 9, "output_type": "latent", "image": first}
+    assert not mx.array_equal(pipe("a cat", **options, last_image=last).latents, pipe("a cat", **options).latents)
+
+
+@pytest.fixture(scope="module")
+def with_tokens(tmp_path_factory):
+    return checkpoint.write_official(tmp_path_factory.mktemp("tokens") / "Wan2.1", "small-i2v-14B")
+
+
+def test_the_image_encoder_leaves_memory_too(with_tokens, experts):
+    options = {**CROSSING, "num_inference_steps": 1, "image": Image.fromarray(small.picture(32, 32))}
+    pipe = mlx_wan.WanPipeline.from_pretrained(with_tokens, low_memory=True)
+    list(pipe.stream("a cat", **options))
+    assert pipe._image_encoder is None
+    pipe = mlx_wan.WanPipeline.from_pretrained(with_tokens, low_memory=False)
+    list(pipe.stream("a cat", **options))
+    assert pipe._image_encoder is pipe.image_encoder is not None
+    assert mlx_wan.WanPipeline.from_pretrained(experts).image_encoder is None
+
+
+def test_the_default_shift_goes_with_the_size(with_tokens):
+    pipe = mlx_wan.WanPipeline.from_pretrained(with_tokens)
+    picture = Image.fromarray(small.picture())
+    for size, shift in (((832, 480), 3.0), ((1280, 720), 5.0)):
+        pipe._request("a cat", picture, None, *size, *[None] * 7)
+        want = pipeline.make_scheduler("unipc", 40, shift)
+        assert np.array_equal(pipe.scheduler.sigmas, want.sigmas)
+
+
+def test_last_frames_where_they_belong(with_tokens, tmp_path):
+    picture = Image.fromarray(small.picture())
+    with pytest.raises(UserError, match="custom takes no last frame: leave it out, or use I2V-A14B or FLF2V-14B"):
+        mlx_wan.WanPipeline.from_pretrained(with_tokens)("a cat", picture, last_image=picture)
+    pipe = mlx_wan.WanPipeline.from_pretrained(checkpoint.write_official(tmp_path / "flf2v", "small-flf2v-14B"))
+    with pytest.raises(UserError, match="custom makes a video between two pictures: give the last frame too"):
+        pipe("a cat", picture)

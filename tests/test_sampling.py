@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from mlx_wan.errors import WanError
-from mlx_wan.sampling import denoise, guided_velocity, initial_noise
+from mlx_wan.sampling import Condition, Expert, denoise, guided_velocity, initial_noise
 from mlx_wan.schedulers import make_scheduler
 
 SHAPE = (1, 3, 2, 2, 4)
@@ -23,8 +23,9 @@ class Model:
         return context.mean() + self.slope * latents
 
 
-def run(model, scheduler, guidance=1.0, first_frame=None):
-    steps = denoise(model, scheduler, initial_noise(SHAPE, 1), CONTEXT, NEGATIVE, guidance, first_frame)
+def run(model, scheduler, guidance=1.0, **condition):
+    expert, noise = Expert(model, guidance), initial_noise(SHAPE, 1)
+    steps = denoise(lambda _: expert, scheduler, noise, CONTEXT, NEGATIVE, Condition(**condition))
     return [np.array(latents) for latents in steps]
 
 
@@ -43,10 +44,10 @@ def test_guidance_goes_from_the_negative_prompt_past_the_prompt():
             return mx.full(SHAPE, 3.0) if context is CONTEXT else mx.full(SHAPE, 1.0)
 
     model = Prompted()
-    velocity = guided_velocity(model, mx.zeros(SHAPE), mx.zeros((1,)), CONTEXT, NEGATIVE, 5.0)
+    velocity = guided_velocity(Expert(model, 5.0), mx.zeros(SHAPE), mx.zeros((1,)), CONTEXT, NEGATIVE)
     np.testing.assert_array_equal(velocity, np.full(SHAPE, 1 + 5 * (3 - 1)))
     assert len(model.calls) == 2
-    velocity = guided_velocity(model, mx.zeros(SHAPE), mx.zeros((1,)), CONTEXT, NEGATIVE, 1.0)
+    velocity = guided_velocity(Expert(model, 1.0), mx.zeros(SHAPE), mx.zeros((1,)), CONTEXT, NEGATIVE)
     np.testing.assert_array_equal(velocity, np.full(SHAPE, 3))
     assert len(model.calls) == 3, "no guidance costs one pass"
 
@@ -75,6 +76,36 @@ def test_a_given_first_frame_is_clean_at_every_step_and_has_timestep_0(name):
         assert timesteps.shape == (1, 3)
         assert timesteps[0, 0] == 0
         assert timesteps[0, 1] == timesteps[0, 2] > 0
+
+
+def test_each_step_asks_for_its_expert_once_and_takes_its_guidance():
+    high, low, asked = Model(), Model(), []
+
+    def expert_at(t):
+        asked.append(t)
+        return Expert(high, 1.0) if t >= 800 else Expert(low, 3.0)
+
+    scheduler = make_scheduler("euler", 5, 3.0)
+    list(denoise(expert_at, scheduler, initial_noise(SHAPE, 1), CONTEXT, NEGATIVE))
+    assert asked == scheduler.timesteps.tolist()
+    count = sum(t >= 800 for t in asked)
+    assert 0 < count < 5
+    assert (len(high.calls), len(low.calls)) == (count, 2 * (5 - count))
+    assert min(t.item() for _, t in high.calls) >= 800 > max(t.item() for _, t in low.calls)
+
+
+def test_channels_of_a_picture_stand_beside_the_latents():
+    class Wide(Model):
+        def __call__(self, latents, timesteps, context):
+            return super().__call__(latents, timesteps, context)[..., :4]
+
+    model, channels = Wide(), mx.full((*SHAPE[:-1], 5), 0.25)
+    steps = run(model, make_scheduler("euler", 3, 5.0), channels=channels)
+    assert steps[-1].shape == SHAPE
+    for (latents, timesteps), before in zip(model.calls, [np.array(initial_noise(SHAPE, 1)), *steps], strict=False):
+        np.testing.assert_array_equal(latents[..., :4], before)
+        np.testing.assert_array_equal(latents[..., 4:], channels)
+        assert timesteps.shape == (1, 1)
 
 
 def test_a_run_stops_at_the_step_that_is_not_finite():

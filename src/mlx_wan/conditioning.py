@@ -1,6 +1,7 @@
 """Pictures -> what the model is given."""
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 from PIL import Image
@@ -35,6 +36,24 @@ def best_output_size(width: int, height: int, stride_w: int, stride_h: int, max_
     return min(reversed(candidates), key=distortion)
 
 
+def area_size(width: int, height: int, stride_w: int, stride_h: int, max_area: int) -> tuple[int, int]:
+    """The video size (width, height) for a picture: the official I2V rule (`wan/image2video.py`).
+
+    Each side is what it would be at `max_area` pixels, rounded down to a multiple of its stride. UserError as
+    `best_output_size`.
+    """
+    ratio = height / width
+    w = math.floor(math.sqrt(max_area / ratio) / stride_w) * stride_w
+    h = math.floor(math.sqrt(max_area * ratio) / stride_h) * stride_h
+    if not (w and h):
+        raise UserError(f"a {width}x{height} picture is too narrow for a video of {max_area} pixels; crop it")
+    return w, h
+
+
+# Task -> how the size follows from a picture.
+SIZE_RULES = {"ti2v": best_output_size, "i2v": area_size, "flf2v": area_size}
+
+
 def image_to_frame(image: Image.Image, width: int, height: int) -> np.ndarray:
     """A picture as one video frame: float32 (1, 1, height, width, 3) in [-1, 1].
 
@@ -47,3 +66,63 @@ def image_to_frame(image: Image.Image, width: int, height: int) -> np.ndarray:
     image = image.crop((left, top, left + width, top + height))
     pixels = np.asarray(image, dtype=np.float32) / np.float32(255)
     return ((pixels - np.float32(0.5)) / np.float32(0.5))[None, None]
+
+
+def cropped(image: Image.Image, width: int, height: int, step: int) -> Image.Image:
+    """The picture itself if the size has its shape but for less than `step` pixels, as all that the official rule makes
+    of it have; else the largest part of that shape about its centre."""
+    ratio = image.height / image.width
+    if abs(height - width * ratio) < step or abs(width - height / ratio) < step:
+        return image
+    scale = min(image.width / width, image.height / height)
+    w, h = max(round(width * scale), 1), max(round(height * scale), 1)
+    left, top = (image.width - w) // 2, (image.height - h) // 2
+    return image.crop((left, top, left + w, top + h))
+
+
+def stretched_frame(image: Image.Image, width: int, height: int) -> np.ndarray:
+    """A picture as one video frame, as `image_to_frame`, but stretched to the size (official `image2video.py`).
+
+    Bicubic with a = -0.75 and without smoothing, as torch's `interpolate` does it; values may pass [-1, 1] a little.
+    """
+    pixels = np.asarray(image.convert("RGB"), dtype=np.float32) / np.float32(255)
+    pixels = (pixels - np.float32(0.5)) / np.float32(0.5)
+    columns = _interpolate(pixels.swapaxes(0, 1), width).swapaxes(0, 1)
+    return _interpolate(columns, height)[None, None]
+
+
+def _interpolate(rows: np.ndarray, count: int) -> np.ndarray:
+    """`rows` (n, ·, ·) float32 to `count` of them, each mixed of four; beyond the border the last one repeats."""
+    a = -0.75
+    where = np.float32(len(rows)) / np.float32(count) * (np.arange(count, dtype=np.float32) + np.float32(0.5))
+    where -= np.float32(0.5)
+    first = np.floor(where)
+    mixed = np.zeros((count, *rows.shape[1:]), np.float32)
+    for offset in (-1, 0, 1, 2):
+        d = np.abs(where - (first + offset)).astype(np.float64)
+        near = ((a + 2) * d - (a + 3)) * d * d + 1
+        far = ((a * d - 5 * a) * d + 8 * a) * d - 4 * a
+        weight = np.where(d <= 1, near, far).astype(np.float32)
+        mixed += weight[:, None, None] * rows[np.clip(first + offset, 0, len(rows) - 1).astype(int)]
+    return mixed
+
+
+def known_frames(frames: Mapping[int, np.ndarray], num_frames: int, stride_t: int) -> tuple[np.ndarray, np.ndarray]:
+    """A video of which some frames are known, and a mask that tells which (official `image2video.py`).
+
+    Args:
+        frames: position -> frame (1, 1, H, W, 3).
+        num_frames: of the video, a multiple of stride_t and one.
+
+    Returns:
+        video (1, num_frames, H, W, 3), zeros, which are grey, where nothing is known;
+        mask (1, t, 1, 1, stride_t) of ones and zeros: a latent frame has a channel for each frame it stands for, and
+        the first, which stands for one, has it in all of them.
+    """
+    height, width = next(iter(frames.values())).shape[2:4]
+    video = np.zeros((1, num_frames, height, width, 3), np.float32)
+    known = np.zeros(num_frames, np.float32)
+    for position, frame in frames.items():
+        video[:, position], known[position] = frame[:, 0], 1
+    mask = np.concatenate([np.repeat(known[:1], stride_t), known[1:]])
+    return video, mask.reshape(1, -1, 1, 1, stride_t)

@@ -1,9 +1,8 @@
 """From a prompt, or a prompt and a picture, to a video: the order of things, and who is in memory when."""
 
-import math
 import secrets
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
@@ -13,16 +12,19 @@ import numpy as np
 
 from mlx_wan import backend
 from mlx_wan.errors import UserError, WanError
-from mlx_wan.lora.fuse import QUANTIZED, Adapters, merge
+from mlx_wan.lora.fuse import QUANTIZED, Adapters, expert_part, merge
 from mlx_wan.lora.load import read_lora, transformer_shapes
+from mlx_wan.models.autoencoder import WanVAE
+from mlx_wan.models.clip import ImageEncoder
 from mlx_wan.models.transformer import WanTransformer
 from mlx_wan.models.umt5 import UMT5Encoder
-from mlx_wan.models.vae22 import WanVAE22
-from mlx_wan.sampling import denoise, initial_noise
+from mlx_wan.sampling import Condition, Expert, denoise, initial_noise
 from mlx_wan.schedulers import Scheduler, make_scheduler
+from mlx_wan.schedulers.flow import TRAIN_TIMESTEPS
 from mlx_wan.text import Tokenizer, clean_prompt
 from mlx_wan.weights.load import (
     Checkpoint,
+    load_image_encoder,
     load_text_encoder,
     load_transformer,
     load_vae,
@@ -68,12 +70,12 @@ class _Request:
     """A call with every default filled in."""
 
     prompt: str
-    image: "Image.Image | None"
+    pictures: dict[int, "Image.Image"]  # frame -> what it shows
     negative_prompt: str
     width: int
     height: int
     num_frames: int
-    guidance_scale: float
+    guidance_scale: tuple[float, float]  # low noise, high noise
     scheduler: Scheduler
     seed: int | None
     noise: mx.array
@@ -83,7 +85,8 @@ class WanPipeline:
     """Text, or text and a first frame, to video.
 
     Components are loaded when first needed. With `low_memory` the text encoder leaves memory once the prompt is
-    encoded, and the transformer once the latents are done.
+    encoded, and the transformer once the latents are done. Of two experts one is in memory at a time, unless
+    `keep_both_experts`.
 
     Attributes:
         checkpoint: where the components come from, its headers checked.
@@ -92,15 +95,17 @@ class WanPipeline:
         scheduler: of the last call; before it, the default one.
     """
 
-    def __init__(self, checkpoint: Checkpoint, dtype: mx.Dtype, low_memory: bool):
+    def __init__(self, checkpoint: Checkpoint, dtype: mx.Dtype, low_memory: bool, keep_both_experts: bool = False):
         self.checkpoint, self.dtype, self.low_memory = checkpoint, dtype, low_memory
+        self.keep_both_experts = keep_both_experts
         spec = checkpoint.spec
         self.scheduler = make_scheduler(spec.scheduler, spec.num_inference_steps, spec.shift)
         self.tokenizer = Tokenizer(checkpoint.tokenizer, checkpoint.transformer_config.text_len)
+        self._transformers: dict[str, WanTransformer] = {}
         self._adapters = Adapters()
-        self._transformer: WanTransformer | None = None
         self._text_encoder: UMT5Encoder | None = None
-        self._vae: WanVAE22 | None = None
+        self._image_encoder: ImageEncoder | None = None
+        self._vae: WanVAE | None = None
 
     @classmethod
     def from_pretrained(
@@ -108,6 +113,7 @@ class WanPipeline:
         path: str | Path | Checkpoint | None = None,
         dtype: mx.Dtype | None = None,
         low_memory: bool | None = None,
+        keep_both_experts: bool = False,
         **files: str | Path | None,
     ) -> "WanPipeline":
         """The pipeline of a checkpoint folder, a Hub id such as "Wan-AI/Wan2.2-TI2V-5B", or "tiny".
@@ -115,8 +121,10 @@ class WanPipeline:
         Args:
             path: see docs/checkpoints.md for the layouts; or what `locate` found.
             dtype: mx.float32, mx.bfloat16 or mx.float16; None means bfloat16 on a GPU and float32 on the CPU.
-            low_memory: None decides: yes if all components together take over half of the memory.
-            files: transformer, text_encoder, vae, tokenizer: single files in place of the folder's, or of a folder.
+            low_memory: None decides: yes if all that would be in memory together takes over half of it.
+            keep_both_experts: of a model with two, instead of loading the other when its turn comes.
+            files: transformer, transformer_2, text_encoder, image_encoder, vae, tokenizer: single files in place of
+                the folder's, or of a folder.
 
         Raises:
             UserError: there is nothing at `path`, or `dtype` is another.
@@ -127,10 +135,12 @@ class WanPipeline:
         checkpoint = path if isinstance(path, Checkpoint) else locate(path, **files)
         dtype = dtype or backend.default_dtype()
         if low_memory is None:
-            parts = (checkpoint.transformer, checkpoint.text_encoder, checkpoint.vae)
-            size = sum(info.nbytes for part in parts for info in part.tensors.values())
+            parts = {
+                name: part for name, part in checkpoint.parts.items() if keep_both_experts or name != "transformer_2"
+            }
+            size = sum(info.nbytes for part in parts.values() for info in part.tensors.values())
             low_memory = size > backend.total_memory() / 2
-        return cls(checkpoint, dtype, low_memory)
+        return cls(checkpoint, dtype, low_memory, keep_both_experts)
 
     @property
     def spec(self) -> ModelSpec:
@@ -138,11 +148,29 @@ class WanPipeline:
 
     @property
     def transformer(self) -> WanTransformer:
-        """(latents (B,t,h,w,C), timesteps (B,) or (B,tokens), context (B,n,text_dim)) -> velocity, float32."""
-        if self._transformer is None:
-            self._transformer = load_transformer(self.checkpoint, self.dtype)
-            self._adapters.install(self._transformer)
-        return self._transformer
+        """(latents (B,t,h,w,C), timesteps (B,) or (B,tokens), context (B,n,text_dim)) -> velocity, float32.
+
+        Of two experts the high-noise one. The pipeline lets go of the other then, unless `keep_both_experts`.
+        """
+        return self._load_transformer("transformer")
+
+    @property
+    def transformer_2(self) -> WanTransformer | None:
+        """The low-noise expert, as `transformer`; None if the model has one transformer."""
+        return None if self.checkpoint.transformer_2 is None else self._load_transformer("transformer_2")
+
+    def _load_transformer(self, part: str) -> WanTransformer:
+        if part not in self._transformers:
+            if not self.keep_both_experts:
+                self._release_transformers()
+            transformer = load_transformer(self.checkpoint, self.dtype, part)
+            self._adapters.install(transformer, part)
+            self._transformers[part] = transformer
+        return self._transformers[part]
+
+    def _release_transformers(self) -> None:
+        self._transformers.clear()
+        mx.clear_cache()
 
     @property
     def text_encoder(self) -> UMT5Encoder:
@@ -152,7 +180,14 @@ class WanPipeline:
         return self._text_encoder
 
     @property
-    def vae(self) -> WanVAE22:
+    def image_encoder(self) -> ImageEncoder | None:
+        """Pictures (B,224,224,3) in [-1, 1] -> (B,257,1280), of a model that takes such tokens; None for others."""
+        if self._image_encoder is None and self.checkpoint.image_encoder is not None:
+            self._image_encoder = load_image_encoder(self.checkpoint, self.dtype)
+        return self._image_encoder
+
+    @property
+    def vae(self) -> WanVAE:
         """`encode` video (B,T,H,W,3) in [-1, 1] to normalised latents (B,t,h,w,C), `decode` them back."""
         if self._vae is None:
             self._vae = load_vae(self.checkpoint)
@@ -176,13 +211,14 @@ class WanPipeline:
         height: int | None = None,
         num_frames: int | None = None,
         num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
+        guidance_scale: float | tuple[float, float] | None = None,
         shift: float | None = None,
         scheduler: str | None = None,
         seed: int | None = None,
         latents: mx.array | None = None,
         output_type: Literal["np", "latent"] = "np",
         callback: Callable[[int, int, mx.array], None] | None = None,
+        last_image: "Image.Image | str | Path | None" = None,
     ) -> PipelineOutput:
         """Makes a video. What is None is the model's own default (`spec`).
 
@@ -190,18 +226,20 @@ class WanPipeline:
             prompt: what to show.
             image: the first frame: a picture (shown upright if its EXIF data say how) or its file. Without width and
                 height the size follows the picture's aspect ratio at the model's default area; with both, the picture
-                is scaled and cropped to them.
+                is scaled and cropped to them. I2V models need one, T2V models take none.
             negative_prompt: what to steer away from; has no effect at guidance_scale 1.
-            width, height: in pixels, multiples of VAE stride times patch (32 for the 5B).
+            width, height: in pixels, multiples of VAE stride times patch (32 for the 5B, 16 for others).
             num_frames: 4n + 1.
             num_inference_steps: 1 to 1000.
-            guidance_scale: 1 is no guidance, and half the work.
+            guidance_scale: 1 is no guidance, and half the work. With two experts one for both, or a pair (low noise,
+                high noise).
             shift: of the noise schedule.
             scheduler: "unipc", "dpm++" or "euler".
             seed: of the noise, 0 to 2**64 - 1; None draws one.
             latents: the noise to start from (1, t, h, w, C), MLX or NumPy, instead of a seed.
             output_type: "latent" leaves the latents undecoded.
             callback: called with (step, steps, latents) after each step, steps counted from 1.
+            last_image: the last frame, as `image`; FLF2V models need one, I2V-A14B takes one.
 
         Raises:
             UserError: a value that the model cannot take.
@@ -222,6 +260,7 @@ class WanPipeline:
             scheduler,
             seed,
             latents,
+            last_image,
         )
         result, pieces = request.noise, []
         for event in self._run(request, decode=output_type == "np"):
@@ -235,13 +274,14 @@ class WanPipeline:
         return PipelineOutput(frames, result, request.seed, self.spec.fps)
 
     def stream(self, prompt: str, **options: Any) -> Iterator[Event]:
-        """Makes a video as `__call__` does, with its arguments from image to latents, and yields each `Event`.
+        """Makes a video as `__call__` does, with its arguments from image to latents and last_image, and yields each
+        `Event`.
 
         Frames come in pieces as they are decoded, so that no more than a piece of the video is in memory. The request
         is checked at once, not at the first event.
         """
         names = ("image", "negative_prompt", "width", "height", "num_frames", "num_inference_steps")
-        names += ("guidance_scale", "shift", "scheduler", "seed", "latents")
+        names += ("guidance_scale", "shift", "scheduler", "seed", "latents", "last_image")
         unknown = sorted(options.keys() - set(names))
         if unknown:
             raise TypeError(f"stream() got an unexpected keyword argument {unknown[0]!r}")
@@ -249,13 +289,16 @@ class WanPipeline:
 
     # --- adapters, in the words of diffusers -------------------------------------------------------------------------
 
-    def load_lora_weights(self, path: str | Path, adapter_name: str | None = None, scale: float = 1.0) -> str:
+    def load_lora_weights(
+        self, path: str | Path, adapter_name: str | None = None, scale: float = 1.0, expert: str | None = None
+    ) -> str:
         """Puts a LoRA beside the transformer's weights, together with those that are there already.
 
         Args:
             path: the file, of any dialect (docs/checkpoints.md), or the folder PEFT or diffusers wrote.
             adapter_name: what `set_adapters` calls it; None takes the file's name.
             scale: its strength; 1 is what it was trained for.
+            expert: of a model with two, "high" or "low" for a LoRA made for one of them; None for both.
 
         Returns:
             Its name.
@@ -264,10 +307,11 @@ class WanPipeline:
             UserError: no such file, not a LoRA, or a name that is taken.
             CheckpointError: the file is damaged, or made for another model.
         """
+        part = expert_part(self.checkpoint, expert)
         lora = read_lora(path, transformer_shapes(self.checkpoint.transformer_config))
         if lora.note:
             warnings.warn(lora.note, stacklevel=2)
-        name = self._adapters.add(lora, adapter_name, scale)
+        name = self._adapters.add(lora, adapter_name, scale, part)
         self._apply_adapters()
         return name
 
@@ -298,40 +342,38 @@ class WanPipeline:
         if self.checkpoint.quantization is not None:
             raise UserError(QUANTIZED)
         self._adapters.fused = True
-        if self._transformer is not None:
-            merge(self._transformer)
+        for transformer in self._transformers.values():
+            merge(transformer)
 
     def unload_lora_weights(self) -> None:
         """Takes every adapter away; after `fuse_lora` the transformer is read again when it is needed."""
         if self._adapters.fused:
-            self._transformer = None
+            self._release_transformers()
         self._adapters.clear()
         self._apply_adapters()
 
     def _apply_adapters(self) -> None:
-        if self._transformer is not None:
-            self._adapters.update(self._transformer)
+        for part, transformer in self._transformers.items():
+            self._adapters.update(transformer, part)
 
     # --- the order of things -----------------------------------------------------------------------------------------
 
     def _run(self, request: _Request, decode: bool) -> Iterator[Event]:
         context, negative = yield from self._encode_texts(request)
-        first_frame = yield from self._encode_image(request)
+        condition = yield from self._encode_image(request)
         total, latents = len(request.scheduler.timesteps), request.noise
         steps = denoise(
-            self.transformer,
+            lambda t: self._expert_at(t, request.guidance_scale),
             request.scheduler,
             request.noise,
             context,
             negative,
-            request.guidance_scale,
-            first_frame,
+            condition,
         )
         for index, latents in enumerate(steps, start=1):
             yield Event("denoise", index, total, latents)
         if self.low_memory:
-            self._transformer = None  # the generator let go of it with the last step
-            mx.clear_cache()
+            self._release_transformers()  # the generator kept none
         yield Event("latents", 1, 1, latents)
         if decode:
             for index, piece in enumerate(self.vae.stream_decode(latents), start=1):
@@ -339,24 +381,58 @@ class WanPipeline:
                     raise WanError(f"piece {index} of the decoded video is NaN: check the checkpoint's VAE")
                 yield Event("frames", index, latents.shape[1], to_uint8(piece[0]))
 
-    def _encode_texts(self, request: _Request) -> Iterator[Event]:
-        embeddings = []
-        for index, text in enumerate((request.prompt, request.negative_prompt), start=1):
-            embeddings.append(self._padded(self.encode_prompt(text)))
-            yield Event("text", index, 2)
+    def _expert_at(self, timestep: float, guidance_scale: tuple[float, float]) -> Expert:
+        """The transformer for a timestep. They fall, so that two experts change places once in a run."""
+        low, high = guidance_scale
+        boundary = self.spec.boundary
+        if boundary is None or timestep >= boundary * TRAIN_TIMESTEPS:
+            return Expert(self._load_transformer("transformer"), high)
+        return Expert(self._load_transformer("transformer_2"), low)
+
+    def _encode_texts(self, request: _Request) -> Generator[Event, None, tuple[mx.array, mx.array]]:
+        context = self._padded(self.encode_prompt(request.prompt))
+        yield Event("text", 1, 2)
+        negative = self._padded(self.encode_prompt(request.negative_prompt))
+        yield Event("text", 2, 2)
         if self.low_memory:
             self._text_encoder = None
             mx.clear_cache()
-        return tuple(embeddings)
+        return context, negative
 
-    def _encode_image(self, request: _Request) -> Iterator[Event]:
-        if request.image is None:
-            return None
+    def _encode_image(self, request: _Request) -> Generator[Event, None, Condition]:
+        if not request.pictures:
+            return Condition()
         from mlx_wan.conditioning import image_to_frame
 
-        latent = self.vae.encode(mx.array(image_to_frame(request.image, request.width, request.height)))
+        if self.spec.task == "ti2v":
+            frame = image_to_frame(request.pictures[0], request.width, request.height)
+            condition = Condition(first_frame=self.vae.encode(mx.array(frame)))
+        else:
+            condition = self._known_frames(request)
         yield Event("image", 1, 1)
-        return latent
+        return condition
+
+    def _known_frames(self, request: _Request) -> Condition:
+        """Pictures as I2V and FLF2V models see them: as a video with grey frames, and some as image tokens."""
+        from mlx_wan.conditioning import cropped, known_frames, stretched_frame
+
+        size, step = (request.width, request.height), min(self.checkpoint.size_steps)
+        pictures = {place: cropped(picture, *size, step) for place, picture in request.pictures.items()}
+        frames = {place: stretched_frame(picture, *size) for place, picture in pictures.items()}
+        video, mask = known_frames(frames, request.num_frames, self.checkpoint.vae_config.stride[0])
+        encoded = self.vae.encode(mx.array(video))
+        mask = mx.broadcast_to(mx.array(mask), (*encoded.shape[:-1], mask.shape[-1]))
+        channels, image = mx.concatenate([mask, encoded], axis=-1), None
+        if self.image_encoder is not None:
+            side = self.image_encoder.config.image_size
+            squares = np.concatenate([stretched_frame(picture, side, side)[0] for picture in pictures.values()])
+            image = self.image_encoder(mx.array(squares))
+            image = image.reshape(1, -1, image.shape[-1])
+        mx.eval(channels, image)
+        if self.low_memory:
+            self._image_encoder = None
+            mx.clear_cache()
+        return Condition(channels=channels, image=image)
 
     def _padded(self, embedding: mx.array) -> mx.array:
         """(n, text_dim) -> (1, text_len, text_dim): the reference fills up with zeros, which attention does see."""
@@ -374,30 +450,35 @@ class WanPipeline:
         height: int | None,
         num_frames: int | None,
         num_inference_steps: int | None,
-        guidance_scale: float | None,
+        guidance_scale: float | tuple[float, float] | None,
         shift: float | None,
         scheduler: str | None,
         seed: int | None,
         latents: mx.array | None,
+        last_image: "Image.Image | str | Path | None" = None,
     ) -> _Request:
         spec = self.spec
-        picture = _open(image)
+        picture, last = _open(image), _open(last_image)
+        spec.check_pictures(picture is not None, last is not None)
         width, height = self._size(_whole("width", width), _whole("height", height), picture)
         num_frames = _or(_whole("num_frames", num_frames), spec.num_frames)
+        pictures = {place: p for place, p in ((0, picture), (num_frames - 1, last)) if p is not None}
+        if last is not None and num_frames == 1:
+            raise UserError("num_frames is 1; a first and a last frame need more")
         noise, seed = _noise(latents, _whole("seed", seed), self._latent_shape(width, height, num_frames))
         self.scheduler = make_scheduler(
             _or(scheduler, spec.scheduler),
             _or(num_inference_steps, spec.num_inference_steps),
-            _or(shift, spec.shift),
+            _or(shift, spec.shift_for(width, height)),
         )
         return _Request(
             _text("prompt", prompt),
-            picture,
+            pictures,
             _text("negative_prompt", _or(negative_prompt, spec.negative_prompt)),
             width,
             height,
             num_frames,
-            _number("guidance_scale", _or(guidance_scale, spec.guidance_scale)),
+            spec.check_guidance(_or(guidance_scale, spec.guidance_scale)),
             self.scheduler,
             seed,
             noise,
@@ -410,10 +491,10 @@ class WanPipeline:
             return width, height
         if picture is None:
             return self.spec.width, self.spec.height
-        from mlx_wan.conditioning import best_output_size
+        from mlx_wan.conditioning import SIZE_RULES
 
         area = self.spec.width * self.spec.height
-        return best_output_size(picture.width, picture.height, *self.checkpoint.size_steps, area)
+        return SIZE_RULES[self.spec.task](picture.width, picture.height, *self.checkpoint.size_steps, area)
 
     def _latent_shape(self, width: int, height: int, num_frames: int) -> tuple[int, ...]:
         step_w, step_h = self.checkpoint.size_steps
@@ -458,12 +539,6 @@ def _whole(name: str, value: int | None) -> int | None:
     if not isinstance(value, int | np.integer) or not 0 <= value < 2**64:
         raise UserError(f"{name} is {value!r}; it must be a whole number, not negative")
     return int(value)
-
-
-def _number(name: str, value: float) -> float:
-    if not isinstance(value, int | float | np.number) or not math.isfinite(value):
-        raise UserError(f"{name} is {value!r}; it must be a number")
-    return float(value)
 
 
 def _noise(latents: mx.array | None, seed: int | None, shape: tuple[int, ...]) -> tuple[mx.array, int | None]:

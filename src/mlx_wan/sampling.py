@@ -1,6 +1,8 @@
 """From noise to latents: the denoising loop, as a generator of steps."""
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import mlx.core as mx
 
@@ -14,56 +16,82 @@ def initial_noise(shape: tuple[int, ...], seed: int) -> mx.array:
     return mx.random.normal(shape, key=mx.random.key(seed))
 
 
+class Expert(NamedTuple):
+    """What works at a step: a transformer, and the scale of its guidance."""
+
+    transformer: WanTransformer
+    guidance_scale: float
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What is known of the video besides the text.
+
+    Attributes:
+        first_frame: (B, 1, h, w, C) normalised latent of a picture: it replaces the first latent frame before and
+            after every step, and its tokens have timestep 0 (official `WanTI2V.i2v`).
+        image: (B, m, image_dim) embeddings of pictures, for transformers that take them.
+        channels: (B, t, h, w, ·) put beside the latents' channels whenever the transformer is asked (official
+            `WanI2V`).
+    """
+
+    first_frame: mx.array | None = None
+    channels: mx.array | None = None
+    image: mx.array | None = None
+
+
 def guided_velocity(
-    transformer: WanTransformer,
+    expert: Expert,
     latents: mx.array,
     timesteps: mx.array,
     context: mx.array,
     negative_context: mx.array,
-    guidance_scale: float,
+    image: mx.array | None = None,
 ) -> mx.array:
     """Classifier-free guidance: the velocity away from the negative prompt, towards the prompt.
 
     A scale of 1 is the prompt alone and costs one pass instead of two. Shapes as in `WanTransformer`.
     """
-    velocity = transformer(latents, timesteps, context)
+    transformer, guidance_scale = expert
+    known = () if image is None else (image,)
+    velocity = transformer(latents, timesteps, context, *known)
     if guidance_scale == 1:
         return velocity
     mx.eval(velocity)  # one pass's activations in memory at a time
-    negative = transformer(latents, timesteps, negative_context)
+    negative = transformer(latents, timesteps, negative_context, *known)
     return negative + guidance_scale * (velocity - negative)
 
 
 def denoise(
-    transformer: WanTransformer,
+    expert_at: Callable[[float], Expert],
     scheduler: Scheduler,
     noise: mx.array,
     context: mx.array,
     negative_context: mx.array,
-    guidance_scale: float,
-    first_frame: mx.array | None = None,
+    condition: Condition = Condition(),
 ) -> Generator[mx.array, None, None]:
     """Yields the latents after each step, evaluated and found finite; the last are the result.
 
     Args:
+        expert_at: the expert for a timestep. It is asked once a step, and nothing else here keeps what it returns: a
+            model may leave memory when another takes over.
         noise: (B, t, h, w, C), float32.
         context, negative_context: (B, text_len, text_dim), zeros after the text.
-        first_frame: (B, 1, h, w, C) normalised latent of a picture: it replaces the first latent frame before and
-            after every step, and its tokens have timestep 0 (official `WanTI2V.i2v`).
 
     Raises WanError when a step gives values that are not finite.
     """
     batch, frames = noise.shape[:2]
-    latents, state = _with_first(noise, first_frame), scheduler.init()
+    latents, state = _with_first(noise, condition.first_frame), scheduler.init()
     for step, t in enumerate(scheduler.timesteps.tolist()):
         timesteps = mx.full((batch, frames), t, dtype=mx.float32)
-        if first_frame is None:
+        if condition.first_frame is None:
             timesteps = timesteps[:, :1]
         else:
             timesteps[:, 0] = 0
-        velocity = guided_velocity(transformer, latents, timesteps, context, negative_context, guidance_scale)
+        inputs = latents if condition.channels is None else mx.concatenate([latents, condition.channels], axis=-1)
+        velocity = guided_velocity(expert_at(t), inputs, timesteps, context, negative_context, condition.image)
         latents, state = scheduler.step(velocity, latents, state)
-        latents = _with_first(latents, first_frame)
+        latents = _with_first(latents, condition.first_frame)
         mx.eval(latents)
         if not mx.isfinite(latents).all().item():
             raise WanError(

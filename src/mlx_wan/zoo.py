@@ -1,12 +1,16 @@
 """The released Wan models: what each is made of, how it is sampled by default, and how to tell it by its shapes.
 
-Numbers come from `wan/configs` and `wan/modules/vae2_2.py` of the official repository (Wan-Video/Wan2.2) and, for
-Wan2.1, from Wan-Video/Wan2.1. Nothing here reads a file.
+Numbers come from `wan/configs`, `wan/modules/vae2_1.py` and `vae2_2.py` of the official repository (Wan-Video/Wan2.2)
+and, for Wan2.1, from `wan/configs` and `generate.py` of Wan-Video/Wan2.1. Nothing here reads a file.
 """
 
+import math
+import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
+
+from mlx_wan.errors import UserError
 
 # Chinese, as the official code has it: over-saturated, over-exposed, static, blurred details, subtitles, ...
 NEGATIVE_PROMPT = (
@@ -30,7 +34,18 @@ LATENTS_STD = (
     0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093, 0.5709, 0.6065, 0.6415, 0.4944,
     0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744,
 )
+# And of the Wan2.1 VAE's 16.
+LATENTS_MEAN_21 = (
+    -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508, 0.4134, -0.0715, 0.5517, -0.3632,
+    -0.1922, -0.9497, 0.2503, -0.2921,
+)
+LATENTS_STD_21 = (
+    2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743, 3.2687, 2.1526, 2.8652, 1.5579,
+    1.6382, 1.1253, 2.8251, 1.9160,
+)
 # fmt: on
+# VAE family -> mean and standard deviation of its released latents.
+LATENT_STATISTICS = {"Wan2.2": (LATENTS_MEAN, LATENTS_STD), "Wan2.1": (LATENTS_MEAN_21, LATENTS_STD_21)}
 
 
 @dataclass(frozen=True)
@@ -39,12 +54,18 @@ class ModelSpec:
 
     Attributes:
         name: what `--task` and a native config.json call it.
-        task: "ti2v": text, or text and a first frame, to video.
+        task: "t2v": text to video; "i2v": text and a first frame to video; "ti2v": either; "flf2v": text, a first and a
+            last frame.
         hub_id: its repository on the Hugging Face Hub; None when it ships with the package.
         vae_stride: frames, rows and columns of video for one latent.
         sizes: (width, height) pairs it was trained for; other sizes work but may look worse.
         width, height, num_frames, fps: the clip made when nothing is asked for.
-        num_inference_steps, guidance_scale, shift, scheduler, negative_prompt: how it is sampled by default.
+        num_inference_steps, guidance_scale, shift, scheduler, negative_prompt: how it is sampled by default. With two
+            experts guidance may be a pair, (low noise, high noise).
+        vae: the family of its autoencoder, "Wan2.1" or "Wan2.2".
+        shift_480p: the default shift up to the area of 832x480; None for the same.
+        takes_last: whether a picture may be given as the last frame too.
+        boundary: share of the 1000 timesteps from which on the high-noise expert works; None for one transformer.
     """
 
     name: str
@@ -57,10 +78,45 @@ class ModelSpec:
     num_frames: int
     fps: int
     num_inference_steps: int
-    guidance_scale: float
+    guidance_scale: float | tuple[float, float]
     shift: float
     scheduler: str = "unipc"
     negative_prompt: str = NEGATIVE_PROMPT
+    vae: str = "Wan2.2"
+    shift_480p: float | None = None
+    takes_last: bool = False
+    boundary: float | None = None
+
+    @property
+    def traits(self) -> tuple[str, str, bool]:
+        """What files can tell of it: task, family of the VAE, whether there are two experts."""
+        return self.task, self.vae, self.boundary is not None
+
+    def check_pictures(self, first: bool, last: bool) -> None:
+        """UserError if the model cannot do without a picture for the first or last frame, or not with one."""
+        if self.task in ("i2v", "flf2v") and not first:
+            raise UserError(f"{self.name} makes a video of a picture: give an image")
+        if self.task == "t2v" and (first or last):
+            raise UserError(f"{self.name} takes no picture: leave the image out, or use an I2V or TI2V model")
+        if self.task == "flf2v" and not last:
+            raise UserError(f"{self.name} makes a video between two pictures: give the last frame too")
+        if last and not self.takes_last:
+            raise UserError(f"{self.name} takes no last frame: leave it out, or use I2V-A14B or FLF2V-14B")
+
+    def shift_for(self, width: int, height: int) -> float:
+        """The default shift of the noise schedule for a video of this size."""
+        small = width * height <= 832 * 480
+        return self.shift_480p if small and self.shift_480p is not None else self.shift
+
+    def check_guidance(self, scale: float | tuple[float, float]) -> tuple[float, float]:
+        """Guidance as a pair, (low noise, high noise). UserError for what is no number or, without experts, a pair."""
+        given = isinstance(scale, list | tuple)
+        if given and (self.boundary is None or len(scale) != 2):
+            raise UserError(f"guidance_scale is {scale!r}; a pair (low noise, high noise) is for models of two experts")
+        low, high = scale if given else (scale, scale)
+        if not all(isinstance(number, numbers.Real) and math.isfinite(number) for number in (low, high)):
+            raise UserError(f"guidance_scale is {scale!r}; it must be a number")
+        return float(low), float(high)
 
     def sampling(self) -> dict[str, Any]:
         """The defaults that a native config.json records."""
@@ -71,7 +127,7 @@ class ModelSpec:
         return replace(self, **values)
 
 
-# Keys of a native config.json's "sampling", and what their values are.
+# Keys of a native config.json's "sampling", and what their values are (guidance may also be a pair of them).
 SAMPLING_TYPES: dict[str, type] = {
     "width": int,
     "height": int,
@@ -83,6 +139,23 @@ SAMPLING_TYPES: dict[str, type] = {
     "scheduler": str,
     "negative_prompt": str,
 }
+
+_SIZES_14B = ((1280, 720), (720, 1280), (832, 480), (480, 832))
+
+
+def _vae21_model(name: str, hub_id: str, **values: Any) -> ModelSpec:
+    """What the models with Wan2.1's autoencoder have in common."""
+    common = {
+        "vae": "Wan2.1",
+        "vae_stride": (4, 8, 8),
+        "sizes": _SIZES_14B,
+        "width": 1280,
+        "height": 720,
+        "num_frames": 81,
+        "fps": 16,
+    }
+    return ModelSpec(name=name, task=name.split("-")[0], hub_id=f"Wan-AI/{hub_id}", **common | values)
+
 
 MODELS: dict[str, ModelSpec] = {
     "ti2v-5B": ModelSpec(
@@ -98,6 +171,53 @@ MODELS: dict[str, ModelSpec] = {
         num_inference_steps=50,
         guidance_scale=5.0,
         shift=5.0,
+    ),
+    "t2v-A14B": _vae21_model(
+        "t2v-A14B",
+        "Wan2.2-T2V-A14B",
+        num_inference_steps=40,
+        guidance_scale=(3.0, 4.0),
+        shift=12.0,
+        boundary=0.875,
+    ),
+    "i2v-A14B": _vae21_model(
+        "i2v-A14B",
+        "Wan2.2-I2V-A14B",
+        num_inference_steps=40,
+        guidance_scale=(3.5, 3.5),
+        shift=5.0,
+        boundary=0.9,
+        takes_last=True,
+    ),
+    "t2v-1.3B": _vae21_model(
+        "t2v-1.3B",
+        "Wan2.1-T2V-1.3B",
+        sizes=((832, 480), (480, 832)),
+        width=832,
+        height=480,
+        num_inference_steps=50,
+        guidance_scale=5.0,
+        shift=5.0,
+    ),
+    "t2v-14B": _vae21_model("t2v-14B", "Wan2.1-T2V-14B", num_inference_steps=50, guidance_scale=5.0, shift=5.0),
+    # The 480P and the 720P model have the same shapes and are sampled alike but for the size.
+    "i2v-14B": _vae21_model(
+        "i2v-14B",
+        "Wan2.1-I2V-14B-720P",
+        num_inference_steps=40,
+        guidance_scale=5.0,
+        shift=5.0,
+        shift_480p=3.0,
+        negative_prompt=f"镜头晃动，{NEGATIVE_PROMPT}",  # a shaking camera
+    ),
+    "flf2v-14B": _vae21_model(
+        "flf2v-14B",
+        "Wan2.1-FLF2V-14B-720P",
+        num_inference_steps=50,
+        guidance_scale=5.0,
+        shift=16.0,
+        takes_last=True,
+        negative_prompt=f"镜头切换，镜头晃动，{NEGATIVE_PROMPT}",  # cuts
     ),
     # The embedded model; its own config.json has the last word on how it is sampled.
     "tiny": ModelSpec(
@@ -127,36 +247,45 @@ class Release:
 
     Attributes:
         name: what people call it.
-        component: "transformer", "text_encoder" or "vae".
+        component: "transformer", "text_encoder", "image_encoder" or "vae".
         dims: fields that `weights.shapes` reads off its tensors and their values.
-        runs: whether this package can use it.
+        models: for transformers, the `MODELS` that it may belong to; only the folder tells which.
     """
 
     name: str
     component: str
     dims: Mapping[str, Any] = field(default_factory=dict)
-    runs: bool = False
+    models: tuple[str, ...] = ()
 
 
-def _transformer(name: str, sizes: tuple[int, int, int], in_dim: int, out_dim: int, runs: bool = False) -> Release:
+def _transformer(
+    name: str, sizes: tuple[int, int, int], in_dim: int, out_dim: int, *models: str, **image: int
+) -> Release:
     dim, ffn_dim, num_layers = sizes
     dims = {"dim": dim, "ffn_dim": ffn_dim, "num_layers": num_layers, "in_dim": in_dim, "out_dim": out_dim}
-    return Release(name, "transformer", dims, runs)
+    return Release(name, "transformer", dims | image, models)
 
 
 _5B, _14B, _1_3B = (3072, 14336, 30), (5120, 13824, 40), (1536, 8960, 30)
 
 RELEASES: tuple[Release, ...] = (
-    _transformer("Wan2.2 TI2V-5B", _5B, 48, 48, runs=True),
+    _transformer("Wan2.2 TI2V-5B", _5B, 48, 48, "ti2v-5B"),
     # Same names and shapes: only what a folder holds besides tells these two apart.
-    _transformer("Wan2.2 T2V-A14B (one expert) or Wan2.1 T2V-14B", _14B, 16, 16),
-    _transformer("Wan2.2 I2V-A14B (one expert)", _14B, 36, 16),
-    _transformer("Wan2.1 T2V-1.3B", _1_3B, 16, 16),
+    _transformer("Wan2.2 T2V-A14B (one expert) or Wan2.1 T2V-14B", _14B, 16, 16, "t2v-A14B", "t2v-14B"),
+    _transformer("Wan2.2 I2V-A14B (one expert)", _14B, 36, 16, "i2v-A14B", image_dim=0),
+    _transformer("Wan2.1 I2V-14B", _14B, 36, 16, "i2v-14B", image_dim=1280, image_positions=0),
+    _transformer("Wan2.1 FLF2V-14B", _14B, 36, 16, "flf2v-14B", image_dim=1280, image_positions=514),
+    _transformer("Wan2.1 T2V-1.3B", _1_3B, 16, 16, "t2v-1.3B"),
     Release(
         "UMT5-XXL encoder",
         "text_encoder",
         {"vocab_size": 256384, "dim": 4096, "dim_attn": 4096, "dim_ffn": 10240, "num_heads": 64, "num_layers": 24},
-        runs=True,
     ),
-    Release("Wan2.2 VAE", "vae", {"dim": 160, "dec_dim": 256, "z_dim": 48, "dim_mult": (1, 2, 4, 4)}, runs=True),
+    Release(
+        "CLIP ViT-H/14 image encoder",
+        "image_encoder",
+        {"image_size": 224, "patch_size": 14, "dim": 1280, "ffn_dim": 5120, "num_layers": 32},
+    ),
+    Release("Wan2.2 VAE", "vae", {"dim": 160, "dec_dim": 256, "z_dim": 48, "dim_mult": (1, 2, 4, 4)}),
+    Release("Wan2.1 VAE", "vae", {"dim": 96, "z_dim": 16, "dim_mult": (1, 2, 4, 4)}),
 )

@@ -29,6 +29,12 @@ def model(tmp_path_factory) -> Path:
     return checkpoint.write_official(tmp_path_factory.mktemp("model"))
 
 
+@pytest.fixture(scope="session")
+def experts(tmp_path_factory) -> Path:
+    """One of two experts for text to video, sampled like T2V-A14B."""
+    return checkpoint.write_official(tmp_path_factory.mktemp("experts") / "model", "small-t2v-A14B")
+
+
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
@@ -189,8 +195,11 @@ def test_default_names_never_meet_a_file_that_is_there(folder, monkeypatch):
         ("--base_seed 99999999999999999999", "--base_seed 99999999999999999999: must be at most"),
         ("--sample_solver ddim", "argument --sample_solver/--scheduler: invalid choice: 'ddim'"),
         ("--offload_model maybe", "argument --offload_model: 'maybe' is not true or false"),
-        ("--task t2v-A14B", "--task t2v-A14B is not supported yet; only ti2v-5B is"),
-        ("--task t2v", "--task t2v is unknown; use ti2v-5B"),
+        ("--task t2v-A14B", "--task t2v-A14B: "),
+        ("--task animate-14B", "--task animate-14B is not supported; use one of ti2v-5B, t2v-A14B, i2v-A14B"),
+        ("--task t2v", "--task t2v is unknown; use one of ti2v-5B, t2v-A14B, i2v-A14B"),
+        ("--sample_guide_scale 3,4", "guidance_scale is (3.0, 4.0); a pair (low noise, high noise) is for models of"),
+        ("--sample_guide_scale 3,x", "argument --sample_guide_scale/--guidance: '3,x' is not a number, or two"),
         ("--image absent.png", "absent.png: no such picture file"),
         ("--image text.png", "text.png: is not a picture"),
         ("--image cut.png", "cut.png: the picture is damaged or cut short"),
@@ -198,6 +207,8 @@ def test_default_names_never_meet_a_file_that_is_there(folder, monkeypatch):
         ("--save_file out.avi", "out.avi: a video's name ends in .mp4"),
         ("--save_file /proc/out.mp4", "/proc/out.mp4: "),
         ("--image=", "--image is empty; give a name"),
+        ("--last_frame=", "--last_frame is empty; give a name"),
+        ("--image photo.png --last_frame photo.png", "custom takes no last frame: leave it out, or use I2V-A14B"),
         ("--save_file=", "--save_file is empty; give a name"),
         ("--ckpt_dir=", "--ckpt_dir is empty; give a name"),
         ("--sample-step 4", "unknown flag --sample-step, did you mean --sample_steps?"),
@@ -279,6 +290,54 @@ def test_weights_larger_than_the_memory_are_refused(requests, model, monkeypatch
     assert "the weights take" in err  # as a note where they just fit
 
 
+@pytest.mark.parametrize(("flag", "refused"), [("", False), ("--keep-both-experts", True)])
+def test_of_two_experts_one_needs_memory_unless_both_are_kept(requests, experts, monkeypatch, flag, refused):
+    sizes = {"transformer": 10, "text_encoder": 12, "vae": 1}
+    monkeypatch.setattr(generate, "_weight_bytes", lambda part, _: sizes[part.identity.component])
+    monkeypatch.setattr(backend, "total_memory", lambda: 13)
+    code, options, _, err = requests(flag, ckpt_dir=experts)
+    assert (code, options is None) == ((2, True) if refused else (0, False))
+    assert "the weights take" in err
+
+
+def test_two_experts_have_guidance_each(requests, experts):
+    _, options, _, _ = requests("", ckpt_dir=experts)
+    expected = {"width": 1280, "height": 720, "num_frames": 81, "num_inference_steps": 40, "shift": 12.0}
+    assert options.items() >= (expected | {"guidance_scale": (3.0, 4.0)}).items()
+    assert requests("--sample_guide_scale 1.5,2", ckpt_dir=experts)[1]["guidance_scale"] == (1.5, 2.0)
+    assert requests("--guidance 3", ckpt_dir=experts)[1]["guidance_scale"] == 3.0
+    code, _, _, err = requests("--guidance 1,2,3", ckpt_dir=experts)
+    assert (code, err) == (
+        2,
+        "error: guidance_scale is (1.0, 2.0, 3.0); a pair (low noise, high noise) is for models of two experts\n",
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--task ti2v-5B", "--task ti2v-5B: {experts} holds a model of the kind t2v-A14B"),
+        ("--task i2v-A14B", "--task i2v-A14B: {experts} holds a model of the kind t2v-A14B"),
+        ("--last_frame photo.png", "custom takes no picture: leave the image out, or use an I2V or TI2V model"),
+        ("--image photo.png", "custom takes no picture: leave the image out, or use an I2V or TI2V model"),
+        ("--size 100*64", "--size 100*64: width must be a multiple of 16, height of 16; try 96*64"),
+    ],
+)
+def test_mistakes_with_two_experts(requests, experts, line, message):
+    code, options, _, err = requests(line, ckpt_dir=experts)
+    assert (code, options) == (2, None)
+    assert err == f"error: {message.format(experts=experts)}\n"
+    assert requests("--task t2v-A14B", ckpt_dir=experts)[0] == 0
+
+
+def test_a_picture_is_asked_for_where_one_is_needed(requests, folder):
+    i2v = checkpoint.write_official(folder / "i2v", "small-i2v-A14B")
+    code, options, _, err = requests("", ckpt_dir=i2v)
+    assert (code, options, err) == (2, None, "error: custom makes a video of a picture: give an image\n")
+    _, options, _, _ = requests("--image photo.png --size 832*480", ckpt_dir=i2v)  # 320x200
+    assert (options["width"], options["height"], options["shift"]) == (784, 496, 5.0)
+
+
 # --- whole runs ----------------------------------------------------------------------------------------------
 
 SMALL_RUN = ("--size", "96*64", "--frame_num", "9", "--sample_steps", "2", "--prompt", "a red circle")
@@ -313,6 +372,26 @@ def test_a_run_writes_the_video_and_says_what_it_took(model, folder):
     assert facts.items() >= expected.items()
     assert "image" not in facts
     assert sorted(os.listdir(folder)) == sorted(["photo.png", path])
+
+
+@pytest.mark.parametrize(("task", "flags"), [("t2v-A14B", ()), ("i2v-A14B", ("--image", "photo.png"))])
+def test_a_run_over_two_experts_writes_the_video(folder, capsys, task, flags):
+    model = checkpoint.write_official(folder / "model", f"small-{task}")
+    line = ["--task", task, "--ckpt_dir", str(model), "--size", "64*48", "--frame_num", "5", "--sample_steps", "6"]
+    assert main(["generate", *line, *flags, "--prompt", "a cat", "--seed", "1", "-o", "a.mp4"]) == 0
+    frames, fps = read_video("a.mp4")
+    assert (frames.shape, fps) == ((5, 48, 64, 3) if task == "t2v-A14B" else (5, 32, 64, 3), 16)
+    assert read_metadata("a.mp4")["guidance_scale"] == ([3.0, 4.0] if task == "t2v-A14B" else [3.5, 3.5])
+
+
+def test_a_run_between_two_pictures(folder, capsys):
+    model = checkpoint.write_official(folder / "model", "small-flf2v-14B")
+    line = ["--task", "flf2v-14B", "--ckpt_dir", str(model), "--size", "64*48", "--frame_num", "5", "--steps", "1"]
+    pictures = ["--first_frame", "photo.png", "--last_frame", "photo.png"]
+    assert main(["generate", *line, *pictures, "--prompt", "a cat", "--seed", "1", "-o", "a.mp4"]) == 0
+    assert read_video("a.mp4")[0].shape == (5, 32, 64, 3)
+    facts = read_metadata("a.mp4")
+    assert (facts["image"], facts["last_image"], facts["shift"]) == ("photo.png", "photo.png", 16.0)
 
 
 def test_the_file_holds_what_the_pipeline_makes(model, folder):

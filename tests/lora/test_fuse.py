@@ -17,6 +17,7 @@ from mlx_wan.errors import CheckpointError, UserError
 from mlx_wan.lora.fuse import fuse
 from mlx_wan.lora.layers import LoRALinear, add_lora
 from mlx_wan.lora.save import save_lora
+from mlx_wan.video import read_metadata
 from mlx_wan.weights.convert import convert
 from mlx_wan.weights.load import load_transformer, locate
 
@@ -191,3 +192,75 @@ def test_the_fuse_command(folder, tmp_path, capsys):
     assert relative_error(np.array(change), np.array(0.8 * 1.5 * b @ a)) < 1e-2  # float16
     assert main(line) == 2
     assert "is not empty" in capsys.readouterr().err
+
+
+# --- two experts ---------------------------------------------------------------------------------------------
+
+CROSSING = {**RUN, "height": 64, "num_inference_steps": 4}  # three steps of high noise, one of low
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory):
+    return checkpoint.write_official(tmp_path_factory.mktemp("experts") / "model", "small-t2v-A14B")
+
+
+def steps(pipe) -> list[np.ndarray]:
+    after = []
+    pipe("a cat", **CROSSING, callback=lambda *step: after.append(np.array(step[2])))
+    return after
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_a_lora_acts_in_the_expert_that_it_is_for(experts, both):
+    pipe = mlx_wan.WanPipeline.from_pretrained(experts, keep_both_experts=both)
+    plain = steps(pipe)
+    pipe.load_lora_weights(LORA, "low", expert="low")
+    low = steps(pipe)
+    assert [np.array_equal(a, b) for a, b in zip(low, plain, strict=True)] == [True, True, True, False]
+    pipe.load_lora_weights(LORA, "high", expert="high")
+    pipe.set_adapters("high")
+    high = steps(pipe)
+    assert not any(np.array_equal(a, b) for a, b in zip(high, plain, strict=True))
+    pipe.set_adapters(["high", "low"])
+    parts = steps(pipe)
+    pipe.unload_lora_weights()
+    assert all(np.array_equal(a, b) for a, b in zip(steps(pipe), plain, strict=True))
+    pipe.load_lora_weights(LORA)
+    assert relative_error(steps(pipe)[-1], parts[-1]) < 1e-6, "without a word it is for both"
+
+
+def test_fused_into_one_expert(experts, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        out = fuse(experts, tmp_path / "out", [(LORA, 0.8, "low")])
+    pipe = mlx_wan.WanPipeline.from_pretrained(experts)
+    pipe.load_lora_weights(LORA, scale=0.8, expert="low")
+    assert relative_error(steps(mlx_wan.WanPipeline.from_pretrained(out))[-1], steps(pipe)[-1]) < 1e-5
+    pipe.fuse_lora()
+    for _ in range(2):  # the experts are read again
+        assert relative_error(steps(mlx_wan.WanPipeline.from_pretrained(out))[-1], steps(pipe)[-1]) < 1e-5
+    got, want = (locate(place).transformer.tensors for place in (out, experts))
+    name = "blocks.0.self_attn.q.weight"
+    assert mx.array_equal(got[name].load(), want[name].load())
+
+
+def test_experts_that_are_not_there(folder, experts):
+    with pytest.raises(UserError, match="one transformer: a LoRA for the high-noise expert has no place in it"):
+        mlx_wan.WanPipeline.from_pretrained(folder).load_lora_weights(LORA, expert="high")
+    with pytest.raises(UserError, match="expert is 'middle'; it must be one of high, low"):
+        mlx_wan.WanPipeline.from_pretrained(experts).load_lora_weights(LORA, expert="middle")
+
+
+def test_the_command_line_takes_a_lora_for_each_expert(experts, folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    line = ["generate", "--prompt", "a cat", "--size", "32*32", "--frame_num", "1", "--steps", "4", "-o", "a.mp4"]
+    loras = ["--lora_high", str(LORA), "0.5", "--lora-low", str(LORA)]
+    assert main([*line, "--ckpt_dir", str(experts), *loras]) == 0
+    file = LORA.name
+    want = [{"file": file, "scale": 0.5, "expert": "high"}, {"file": file, "scale": 1.0, "expert": "low"}]
+    assert read_metadata(tmp_path / "a.mp4")["loras"] == want
+    capsys.readouterr()
+    assert main([*line, "--ckpt_dir", str(folder), *loras]) == 2
+    assert "has no place in it" in capsys.readouterr().err
+    assert main(["fuse", "--model", str(experts), "--out", str(tmp_path / "none")]) == 2
+    assert "arguments are required: --lora" in capsys.readouterr().err

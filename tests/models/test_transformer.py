@@ -2,6 +2,7 @@ import cases
 import mlx.core as mx
 import numpy as np
 import pytest
+import small
 from mlx.utils import tree_flatten
 
 from mlx_wan.models.transformer import (
@@ -30,15 +31,37 @@ def test_official_code_agrees():
     assert max(errors.values()) < 1e-5, errors
 
 
-def test_released_model_has_the_official_names_and_shapes():
-    """Arrays are made lazily, so even five billion parameters cost nothing here."""
-    parameters = tree_flatten(WanTransformer(TransformerConfig()).parameters())
+@pytest.mark.parametrize("name", ["ti2v-5B", "t2v-A14B", "i2v-A14B", "i2v-14B"])
+def test_released_models_have_the_official_names_and_shapes(name):
+    """Arrays are made lazily, so even fourteen billion parameters cost nothing here."""
     want = {
-        name: tuple(np.roll(shape[1:], -1)) if len(shape) > 3 else tuple(shape[1:])
-        for name, shape in cases.official_names("ti2v-5B", "transformer").items()
+        parameter: (out, *rest[1:], *rest[:1]) if len(rest) > 2 else (out, *rest)
+        for parameter, (out, *rest) in cases.official_names(name, "transformer").items()
     }
-    assert {name: p.shape[1:] for name, p in parameters} == want
-    assert all(p.shape[0] == cases.official_names("ti2v-5B", "transformer")[n][0] for n, p in parameters)
+    model = WanTransformer(TransformerConfig(**small.MODELS[name]["transformer"]))
+    assert {parameter: p.shape for parameter, p in tree_flatten(model.parameters())} == want
+    if name == "ti2v-5B":
+        assert model.config == TransformerConfig()
+
+
+def test_official_experts_agree():
+    errors = {label: cases.relative_error(got, want) for label, got, want in cases.experts()}
+    assert len(errors) == 2
+    assert max(errors.values()) < 1e-5, errors
+
+
+def test_image_tokens_where_they_belong(model, inputs):
+    latents, context = inputs
+    t = mx.array([700.0, 31.0])
+    with pytest.raises(ValueError, match="image embeddings have no place in this model"):
+        model(latents, t, context, mx.zeros((2, 257, 1280)))
+    taking = WanTransformer(TransformerConfig(**small.I2V21 | {"image_dim": 8}))
+    latents = mx.random.normal((1, 1, 4, 4, 36))
+    with pytest.raises(ValueError, match="image embeddings are needed"):
+        taking(latents, t[:1], context[:1])
+    one, other = (np.array(taking(latents, t[:1], context[:1], mx.full((1, 3, 8), v) * mx.arange(8))) for v in (1, -1))
+    assert one.shape == (1, 1, 4, 4, 16)
+    assert cases.relative_error(one, other) > 1e-4
 
 
 def test_one_timestep_a_sample_a_frame_or_a_token(model, inputs):

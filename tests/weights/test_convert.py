@@ -3,6 +3,7 @@
 import json
 from types import SimpleNamespace
 
+import checkpoint
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
@@ -11,12 +12,13 @@ from mlx.utils import tree_flatten
 from mlx_wan.errors import CheckpointError, UserError, WanError
 from mlx_wan.models.transformer import FLOAT32_PARAMETERS, TransformerConfig, WanTransformer
 from mlx_wan.models.umt5 import TextEncoderConfig, UMT5Encoder
+from mlx_wan.models.vae21 import VAE21Config, WanVAE21
 from mlx_wan.models.vae22 import VAEConfig, WanVAE22
 from mlx_wan.weights import convert as converting
 from mlx_wan.weights import save as saving
 from mlx_wan.weights.convert import convert
 from mlx_wan.weights.files import read_tensors
-from mlx_wan.weights.load import load_text_encoder, load_transformer, load_vae, locate
+from mlx_wan.weights.load import load_image_encoder, load_text_encoder, load_transformer, load_vae, locate
 from mlx_wan.weights.quantize import Quantization, is_quantized, quantize_module
 from mlx_wan.weights.save import save_native
 
@@ -207,6 +209,25 @@ def square(tmp_path):
     return tmp_path / "square"
 
 
+@pytest.fixture
+def square_experts(tmp_path):
+    """The same with two experts, which pictures go into."""
+    config = TransformerConfig(12, 4, 64, 128, 2, 2, freq_dim=64, text_dim=64, model_type="i2v")
+    mx.random.seed(0)
+    save_native(
+        tmp_path / "experts",
+        model="mine",
+        transformer=WanTransformer(config),
+        transformer_2=WanTransformer(config),
+        boundary=0.8,
+        text_encoder=UMT5Encoder(TextEncoderConfig(128, 64, 128, 192, 4, 2)),
+        vae=WanVAE21(VAE21Config(dim=4, z_dim=4, latents_mean=(0.0,) * 4, latents_std=(1.0,) * 4)),
+        tokenizer_json=checkpoints.TOKENIZER,
+        sampling={"guidance_scale": (1.5, 2.0)},
+    )
+    return tmp_path / "experts"
+
+
 @pytest.mark.parametrize(("bits", "group_size"), [(4, 64), (8, 64), (4, 32), (8, 32)])
 def test_quantized_as_mlx_does_it(square, dst, bits, group_size):
     convert(square, dst, bits=bits, group_size=group_size)
@@ -290,3 +311,92 @@ def test_quantized_modules_are_not_saved(square, tmp_path, dst):
             sampling={},
         )
     assert not (tmp_path / "again").exists()
+
+
+# --- two experts ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["t2v-A14B", "i2v-A14B"])
+def test_two_experts_there_and_back(tmp_path, dst, kind):
+    src = checkpoint.write_official(tmp_path / "experts", f"small-{kind}")
+    convert(src, dst)
+    assert sorted(file.name for file in dst.glob("*.safetensors")) == [
+        "text_encoder.safetensors",
+        "transformer.safetensors",
+        "transformer_2.safetensors",
+        "vae.safetensors",
+    ]
+    before, after = locate(src), locate(dst)
+    for name in ("kind", "spec", "transformer_config", "text_encoder_config", "vae_config"):
+        assert getattr(after, name) == getattr(before, name)
+    for part in ("transformer", "transformer_2"):
+        got, want = (dict(tree_flatten(load_transformer(c, mx.float32, part).parameters())) for c in (after, before))
+        assert same(got, want)
+    assert same(parameters(dst), parameters(src))
+    extra = json.loads((dst / "config.json").read_text())["mlx_wan"]
+    assert extra["boundary"] == {"t2v-A14B": 0.875, "i2v-A14B": 0.9}[kind]
+    # Replaced by a model with one transformer, nothing of the second stays behind.
+    convert(checkpoints.write_official(tmp_path / "src"), dst, overwrite=True)
+    assert not (dst / "transformer_2.safetensors").exists()
+
+
+@pytest.mark.parametrize("kind", ["t2v-14B", "i2v-14B", "flf2v-14B"])
+def test_the_wan21_kind_there_and_back(tmp_path, dst, kind):
+    src = checkpoint.write_official(tmp_path / "model", f"small-{kind}")
+    convert(src, dst)
+    before, after = locate(src), locate(dst)
+    assert (dst / "image_encoder.safetensors").exists() == (kind != "t2v-14B")
+    for name in ("kind", "spec", "transformer_config", "image_encoder_config", "vae_config"):
+        assert getattr(after, name) == getattr(before, name)
+    assert same(parameters(dst), parameters(src))
+    if kind != "t2v-14B":
+        got, want = (dict(tree_flatten(load_image_encoder(c, mx.float32).parameters())) for c in (after, before))
+        assert same(got, want)
+
+
+def test_keys_and_values_of_image_tokens_are_quantized():
+    assert is_quantized("transformer", "blocks.3.cross_attn.k_img")
+    assert is_quantized("transformer", "blocks.3.cross_attn.v_img")
+    assert not is_quantized("transformer", "img_emb.proj.1")
+    assert not is_quantized("image_encoder", "transformer.0.attn.to_qkv")
+
+
+def test_both_experts_are_quantized(square_experts, dst):
+    convert(square_experts, dst, bits=4)
+    quantized, plain = locate(dst), locate(square_experts)
+    for part in ("transformer", "transformer_2"):
+        want = quantize_module(load_transformer(plain, mx.float32, part), "transformer", Quantization(4))
+        got = dict(tree_flatten(load_transformer(quantized, mx.float32, part).parameters()))
+        assert "blocks.1.cross_attn.o.scales" in got
+        assert same(got, dict(tree_flatten(want.parameters())))
+    assert quantized.spec == plain.spec
+    assert plain.spec.guidance_scale == (1.5, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda extra: extra.pop("boundary"), "says t2v-A14B, but the files are those of a model like t2v-1.3B"),
+        (lambda extra: extra.update(boundary=1.5), "mlx_wan.boundary cannot be 1.5; it must be between 0 and 1"),
+        (lambda extra: extra.update(model="i2v-A14B"), "says i2v-A14B, but the files are those of a model like t2v"),
+        (
+            lambda extra: extra["sampling"].update(guidance_scale=[1]),
+            r"mlx_wan.sampling.guidance_scale cannot be \[1\]",
+        ),
+    ],
+)
+def test_a_native_config_must_tell_the_truth_about_experts(tmp_path, dst, change, message):
+    convert(checkpoint.write_official(tmp_path / "experts", "small-t2v-A14B"), dst)
+    config = json.loads((dst / "config.json").read_text())
+    config["mlx_wan"]["model"] = "t2v-A14B"
+    change(config["mlx_wan"])
+    (dst / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=message):
+        locate(dst)
+
+
+def test_an_expert_that_is_missing_from_a_native_folder(tmp_path, dst):
+    convert(checkpoint.write_official(tmp_path / "experts", "small-t2v-A14B"), dst)
+    (dst / "transformer_2.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"incomplete native checkpoint, missing: transformer_2\.safetensors"):
+        locate(dst)

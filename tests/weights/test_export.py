@@ -1,5 +1,6 @@
 """The way back: official and Diffusers layouts from any other, bit for bit."""
 
+import checkpoint
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -68,3 +69,24 @@ def test_mistakes(src, tmp_path, capsys):
     assert (tmp_path / "x" / "model_index.json").is_file()
     assert main(["convert", str(src), str(tmp_path / "x"), "--to", "diffusers", "--overwrite"]) == 2
     assert "is not empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("model", ["small-t2v-A14B", "small-i2v-A14B", "small-t2v-14B"])
+def test_other_models_there_and_back_to_official(tmp_path, model):
+    src = checkpoint.write_official(tmp_path / "src", model)
+    back = convert(convert(src, tmp_path / "middle"), tmp_path / "back", to="official", max_shard_bytes=500_000)
+    before, after = locate(src), locate(back)
+    assert (after.layout, after.spec, after.config) == (before.layout, before.spec, before.config)
+    for part, found in after.parts.items():
+        stored, want = read_tensors(found.path), checkpoint.official_weights(part, model)
+        assert stored.keys() == want.keys()
+        assert all(np.array_equal(np.array(info.load()), want[name]) for name, info in stored.items())
+
+
+def test_what_cannot_be_written_back(tmp_path):
+    src = checkpoint.write_official(tmp_path / "src", "small-i2v-14B")
+    with pytest.raises(UserError, match="has an image encoder, whose official file cannot be written again"):
+        convert(src, tmp_path / "out", to="official")
+    with pytest.raises(UserError, match="only TI2V models can be written in the Diffusers layout"):
+        convert(src, tmp_path / "out", to="diffusers")
+    assert not (tmp_path / "out").exists()

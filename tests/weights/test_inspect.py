@@ -5,6 +5,7 @@ import re
 import time
 
 import cases
+import checkpoint
 import mlx.core as mx
 import pytest
 
@@ -57,18 +58,39 @@ def test_knows_them_channels_last():
 
 
 @pytest.mark.parametrize(
-    ("sizes", "model", "runs"),
+    ("sizes", "model", "models"),
     [
-        ((5120, 13824, 40, 16, 16), "Wan2.2 T2V-A14B (one expert) or Wan2.1 T2V-14B", False),
-        ((5120, 13824, 40, 36, 16), "Wan2.2 I2V-A14B (one expert)", False),
-        ((1536, 8960, 30, 16, 16), "Wan2.1 T2V-1.3B", False),
-        ((1536, 8960, 30, 36, 16), "image-to-video transformer of the Wan2.1 kind, of an unreleased size", False),
-        ((128, 256, 2, 16, 16), "Wan transformer of an unreleased size", True),
+        ((5120, 13824, 40, 16, 16), "Wan2.2 T2V-A14B (one expert) or Wan2.1 T2V-14B", ("t2v-A14B", "t2v-14B")),
+        ((5120, 13824, 40, 36, 16), "Wan2.2 I2V-A14B (one expert)", ("i2v-A14B",)),
+        ((1536, 8960, 30, 16, 16), "Wan2.1 T2V-1.3B", ("t2v-1.3B",)),
+        ((1536, 8960, 30, 36, 16), "image-to-video transformer of an unreleased size", ()),
+        ((128, 256, 2, 16, 16), "Wan transformer of an unreleased size", ()),
     ],
 )
-def test_knows_other_transformers(sizes, model, runs):
+def test_knows_other_transformers(sizes, model, models):
     identity = identify(transformer(*sizes))
-    assert (identity.component, identity.model, identity.runs) == ("transformer", model, runs)
+    assert (identity.component, identity.model, identity.models) == ("transformer", model, models)
+    assert identity.runs
+
+
+@pytest.mark.parametrize(
+    ("extra", "model"), [({}, "Wan2.1 I2V-14B"), ({"img_emb.emb_pos": (1, 514, 1280)}, "Wan2.1 FLF2V-14B")]
+)
+def test_knows_the_wan21_models_that_take_image_tokens(extra, model):
+    shapes = {n: tuple(s) for n, s in cases.official_names("i2v-14B", "transformer").items()}
+    assert identify(shapes | extra).model == model
+
+
+@pytest.mark.parametrize("name", ["{}", "visual.{}"])
+def test_knows_the_image_encoder(name):
+    shapes = {name.format(n): tuple(s) for n, s in cases.official_names("i2v-14B", "image_encoder").items()}
+    identity = identify(shapes | {"textual.norm.weight": (4,)} if "visual" in name else shapes)
+    assert (identity.component, identity.model) == ("image_encoder", "CLIP ViT-H/14 image encoder")
+
+
+def test_knows_the_wan21_vae():
+    identity = identify({n: tuple(s) for n, s in cases.official_names("t2v-A14B", "vae").items()})
+    assert (identity.component, identity.model, identity.family) == ("vae", "Wan2.1 VAE", "Wan2.1")
 
 
 @pytest.mark.parametrize(
@@ -77,10 +99,8 @@ def test_knows_other_transformers(sizes, model, runs):
         ("casual_audio_encoder.weights", "transformer", "Wan2.2 S2V-14B"),
         ("pose_patch_embedding.weight", "transformer", "Wan2.2 Animate-14B"),
         ("vace_blocks.0.x", "transformer", "Wan2.1 VACE"),
-        ("img_emb.proj.0.weight", "transformer", "Wan2.1 I2V-14B"),
         ("diffusion_model.blocks.0.cross_attn.q.lora_down.weight", "lora", "LoRA"),
         ("lora_unet_blocks_0_ffn_0.alpha", "lora", "LoRA"),
-        ("encoder.downsamples.0.residual.0.gamma", "vae", "Wan2.1 VAE"),
         ("encoder.down_blocks.0.norm1.gamma", "vae", "Wan2.1 VAE under Diffusers names"),
         ("conv.weight", "unknown", "unknown"),
     ],
@@ -153,6 +173,14 @@ def test_two_experts_are_the_a14b(tmp_path):
         (tmp_path / name).mkdir()
         sparse(tmp_path / name / "m.safetensors", transformer(5120, 13824, 40, 16, 16))
     assert describe(tmp_path)["model"] == "Wan2.2 T2V-A14B"
+
+
+def test_the_experts_of_a_folder_are_two_components(tmp_path):
+    src = checkpoint.write_official(tmp_path / "experts", "small-t2v-A14B")
+    for folder in (src, convert(src, tmp_path / "native")):
+        found = describe(folder)
+        assert list(found["components"]) == ["transformer", "transformer_2", "text_encoder", "vae"]
+        assert found["components"]["transformer_2"]["tensors"] == 69
 
 
 def test_a_single_file(tmp_path):

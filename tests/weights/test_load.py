@@ -1,11 +1,13 @@
 """Checkpoints of every layout, found, checked and loaded."""
 
 import json
+import shutil
 import sys
 import types
 from dataclasses import fields, replace
 
 import cases
+import checkpoint
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -16,10 +18,11 @@ from mlx_wan.errors import CheckpointError, UserError
 from mlx_wan.models.transformer import FLOAT32_PARAMETERS
 from mlx_wan.models.vae22 import VAEConfig, WanVAE22
 from mlx_wan.weights import locate as locating
-from mlx_wan.weights.load import load_text_encoder, load_transformer, load_vae, locate
+from mlx_wan.weights.checkpoint import PARTS
+from mlx_wan.weights.load import load_image_encoder, load_text_encoder, load_transformer, load_vae, locate
 from mlx_wan.weights.save import save_native
 from mlx_wan.weights.shapes import text_encoder_fields, transformer_fields, vae_fields
-from mlx_wan.zoo import LATENTS_MEAN, LATENTS_STD, MODELS
+from mlx_wan.zoo import LATENT_STATISTICS, LATENTS_MEAN, LATENTS_STD, MODELS
 
 from . import checkpoints
 from .torch_files import save_pth
@@ -57,7 +60,7 @@ def test_every_layout_gives_the_same_modules(tmp_path, layout):
 
 def test_dimensions_are_read_off_the_tensors(folder):
     checkpoint = locate(folder)
-    want = {**small.TRANSFORMER}
+    want = {**small.TRANSFORMER, "image_dim": 0, "image_positions": 0}
     assert {
         f.name: getattr(checkpoint.transformer_config, f.name) for f in fields(checkpoint.transformer_config)
     } == want
@@ -292,11 +295,8 @@ def test_paths_that_are_no_checkpoint(tmp_path, folder):
         ({"num_heads": "3"}, "num_heads cannot be '3'"),
         ({"num_heads": 0}, "num_heads cannot be 0"),
         ({"eps": -1.0}, "eps cannot be -1.0"),
-        ({"in_dim": 36, "out_dim": 16}, "is an image-to-video model"),
-        ({"model_type": "s2v"}, "is a Wan model of the type s2v"),
-        ({"dim": 5120, "ffn_dim": 13824, "num_layers": 40, "in_dim": 16, "out_dim": 16}, "is Wan2.2 T2V-A14B"),
-        ({"dim": 5120, "ffn_dim": 13824, "num_layers": 40, "in_dim": 36, "out_dim": 16}, "is Wan2.2 I2V-A14B"),
-        ({"dim": 1536, "ffn_dim": 8960, "num_layers": 30, "in_dim": 16, "out_dim": 16}, "is Wan2.1 T2V-1.3B"),
+        ({"in_dim": 36}, "in_dim is 36, but the tensors in .* say 48"),
+        ({"model_type": "s2v"}, "is a Wan model of the type s2v, which is not supported"),
     ],
 )
 def test_configs_that_are_wrong_or_of_other_models(folder, changes, message):
@@ -313,9 +313,6 @@ def test_a_damaged_config(folder, content):
 
 
 def test_folders_of_other_kinds(tmp_path):
-    (tmp_path / "a14b" / "high_noise_model").mkdir(parents=True)
-    with pytest.raises(CheckpointError, match=r"is a two-expert Wan2\.2 A14B model"):
-        locate(tmp_path / "a14b")
     (tmp_path / "lora").mkdir()
     lora = {"blocks.0.cross_attn.q.lora_A.weight": mx.zeros((4, 8))}
     mx.save_safetensors(str(tmp_path / "lora" / "style.safetensors"), lora)
@@ -326,7 +323,6 @@ def test_folders_of_other_kinds(tmp_path):
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        ({"encoder.downsamples.0.residual.0.gamma": (4, 1, 1, 1)}, "is Wan2.1 VAE, not the VAE"),
         ({"blocks.0.cross_attn.q.lora_A.weight": (4, 8)}, "is LoRA, not the VAE"),
         ({"token_embedding.weight": (4, 8)}, "holds no VAE of a Wan model"),
     ],
@@ -343,7 +339,7 @@ def test_components_in_each_others_place(folder):
         locate(folder)
 
 
-@pytest.mark.parametrize("extra", ["img_emb.proj.0.weight", "casual_audio_encoder.weights", "face_adapter.x"])
+@pytest.mark.parametrize("extra", ["casual_audio_encoder.weights", "face_adapter.x"])
 def test_transformers_with_other_parts(folder, extra):
     change = lambda weights: weights.update({extra: mx.zeros(3)})  # noqa: E731
     checkpoints.edit_safetensors(folder / "diffusion_pytorch_model.safetensors", change)
@@ -397,6 +393,125 @@ def test_a_block_is_missing(folder):
     assert strict_message(folder, change).endswith("missing tensors blocks.2.*")
 
 
+# --- two experts ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["t2v-A14B", "i2v-A14B"])
+def experts(tmp_path, request):
+    return checkpoint.write_official(tmp_path / "experts", f"small-{request.param}"), request.param
+
+
+def test_two_experts(experts):
+    folder, kind = experts
+    found = locate(folder)
+    assert (found.kind, found.spec.name, found.layout.name) == (kind, "custom", "official")
+    assert found.spec == replace(MODELS[kind], name="custom", hub_id=None, sizes=())
+    assert list(found.parts) == ["transformer", "transformer_2", "text_encoder", "vae"]
+    assert (found.vae_config.latents_mean, found.vae_config.latents_std) == LATENT_STATISTICS["Wan2.1"]
+    for part in ("transformer", "transformer_2"):
+        got = dict(tree_flatten(load_transformer(found, mx.float32, part).parameters()))
+        want = checkpoint.official_weights(part, f"small-{kind}")
+        assert got.keys() == want.keys()
+        assert all(np.array_equal(np.array(got[n]), cases.native(n, want[n])) for n in want)
+    got, want = load_vae(found), checkpoint.official_weights("vae", f"small-{kind}")
+    for name, array in tree_flatten(got.parameters()):
+        assert np.array_equal(np.array(array), cases.native(name, want[name]))
+
+
+@pytest.mark.parametrize("lost", ["high_noise_model", "low_noise_model"])
+def test_one_expert_alone(experts, lost):
+    folder, _ = experts
+    shutil.rmtree(folder / lost)
+    with pytest.raises(
+        CheckpointError, match=rf"incomplete official checkpoint, missing: {lost}/config\.json"
+    ) as caught:
+        locate(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_folder_of_one_expert(experts):
+    folder, _ = experts
+    with pytest.raises(CheckpointError, match="is one expert of two; give the folder that holds both"):
+        locate(folder / "low_noise_model")
+
+
+def test_an_image_to_video_expert_in_the_place_of_a_whole_model(tmp_path):
+    folder = checkpoint.write_official(tmp_path / "experts", "small-i2v-A14B")
+    for file in (folder / "high_noise_model").iterdir():
+        file.rename(folder / file.name)
+    for name in ("high_noise_model", "low_noise_model"):
+        shutil.rmtree(folder / name)
+    with pytest.raises(CheckpointError, match="without another expert or image tokens; an A14B model has its"):
+        locate(folder)
+
+
+def test_experts_of_different_models(tmp_path):
+    folder = checkpoint.write_official(tmp_path / "a", "small-t2v-A14B")
+    other = checkpoint.write_official(tmp_path / "b", "small-i2v-A14B")
+    shutil.rmtree(folder / "low_noise_model")
+    shutil.copytree(other / "low_noise_model", folder / "low_noise_model")
+    with pytest.raises(CheckpointError, match=r"low_noise_model/config\.json: differs from high_noise_model/config"):
+        locate(folder)
+
+
+@pytest.mark.parametrize(("model", "own"), [("small", "Wan2.2"), ("small-t2v-A14B", "Wan2.1")])
+def test_a_vae_of_the_other_family(tmp_path, model, own):
+    folder, other = checkpoint.write_official(tmp_path / "model", model), {"Wan2.2": "Wan2.1", "Wan2.1": "Wan2.2"}[own]
+    vae = folder / f"{own}_VAE.pth"
+    vae.unlink()
+    source = "small" if other == "Wan2.2" else "small-t2v-A14B"
+    checkpoint.write_pth(folder / f"{other}_VAE.pth", checkpoint.official_weights("vae", source))
+    missing = rf"missing: {own}_VAE.*\(but {other}_VAE\.pth is {other}-type VAE of an unreleased size\)"
+    with pytest.raises(CheckpointError, match=missing):
+        locate(folder)
+    (folder / f"{other}_VAE.pth").rename(vae)
+    with pytest.raises(CheckpointError, match=rf"is {other}-type VAE of an unreleased size, not the VAE of a Wan"):
+        locate(folder)
+
+
+# --- Wan2.1 ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "like"), [("t2v-14B", "t2v-1.3B"), ("i2v-14B",) * 2, ("flf2v-14B",) * 2])
+def test_models_of_the_wan21_kind(tmp_path, kind, like):
+    found = locate(checkpoint.write_official(tmp_path / "model", f"small-{kind}"))
+    assert (found.kind, found.spec.name, found.layout.name) == (like, "custom", "official")
+    assert list(found.parts) == [part for part in PARTS if part in small.MODELS[f"small-{kind}"]]
+    for f in fields(found.transformer_config):
+        want = {"image_dim": 0, "image_positions": 0, **small.MODELS[f"small-{kind}"]["transformer"]}
+        assert getattr(found.transformer_config, f.name) == want[f.name]
+    if kind == "t2v-14B":
+        assert found.image_encoder_config is None
+        return
+    assert vars(found.image_encoder_config) == small.IMAGE_ENCODER
+    want = checkpoint.official_weights("image_encoder", f"small-{kind}")
+    got = dict(tree_flatten(load_image_encoder(found, mx.float32).parameters()))
+    assert got.keys() == want.keys()
+    assert all(np.array_equal(np.array(got[n]), cases.native(n, want[n])) for n in want)
+
+
+@pytest.fixture
+def with_tokens(tmp_path):
+    return checkpoint.write_official(tmp_path / "model", "small-i2v-14B")
+
+
+def test_an_image_encoder_that_is_missing(with_tokens):
+    (with_tokens / f"{checkpoint.CLIP}.pth").unlink()
+    with pytest.raises(CheckpointError, match=f"missing: {checkpoint.CLIP}"):
+        locate(with_tokens)
+
+
+def test_an_image_encoder_with_something_else(with_tokens):
+    weights = checkpoint.clip_weights("small-i2v-14B")
+    checkpoint.write_pth(with_tokens / f"{checkpoint.CLIP}.pth", weights | {"audio.weight": np.ones(3, np.float32)})
+    with pytest.raises(CheckpointError, match=r"does not fit the image encoder: unexpected audio\.weight"):
+        locate(with_tokens)
+    del weights["visual.transformer.1.mlp.2.bias"]
+    checkpoint.write_pth(with_tokens / f"{checkpoint.CLIP}.pth", weights)
+    with pytest.raises(CheckpointError, match=r"image encoder: 1 missing \(transformer\.1\.mlp\.2\.bias\)"):
+        locate(with_tokens)
+
+
 # --- Hub and embedded model -----------------------------------------------------------------------------------
 
 
@@ -418,6 +533,14 @@ def hub(monkeypatch, folder):
     monkeypatch.setitem(sys.modules, "huggingface_hub", module)
     monkeypatch.setitem(sys.modules, "huggingface_hub.errors", errors)
     return calls
+
+
+def test_a_hub_id_of_two_experts(hub, monkeypatch, tmp_path):
+    folder = checkpoint.write_official(tmp_path / "experts", "small-t2v-A14B")
+    monkeypatch.setattr(sys.modules["huggingface_hub"], "snapshot_download", lambda _, allow_patterns: str(folder))
+    assert locate("Wan-AI/Wan2.2-T2V-A14B").kind == "t2v-A14B"
+    wanted = {name for layout in locating.LAYOUTS for names in layout.files.values() for name in names}
+    assert {"low_noise_model/diffusion_pytorch_model.safetensors.index.json", "Wan2.1_VAE.pth"} <= wanted
 
 
 def test_a_hub_id_downloads_what_is_needed(hub):

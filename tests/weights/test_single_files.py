@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import cases
+import checkpoint as checkpoint_files
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -223,7 +224,7 @@ def test_what_is_ambiguous_or_missing(comfy, tmp_path):
     with pytest.raises(UserError, match="no checkpoint folder, and no text_encoder and no vae"):
         locate(transformer=next((comfy / "diffusion_models").iterdir()))
     lora = comfy / "loras" / "kohya.safetensors"
-    with pytest.raises(CheckpointError, match=r"is LoRA for .*, not the VAE of a Wan2\.2 TI2V model"):
+    with pytest.raises(CheckpointError, match=r"is LoRA for .*, not the VAE of a Wan model"):
         locate(comfy, vae=lora)
 
 
@@ -245,6 +246,26 @@ def test_scales_that_do_not_fit(tmp_path, change, message):
     write_raw(tmp_path / "a.safetensors", change(tensors))
     with pytest.raises(CheckpointError, match=message):
         read_tensors(tmp_path / "a.safetensors")
+
+
+def test_two_experts_are_told_apart_by_flags(tmp_path):
+    folder = tmp_path / "models"
+    folder.mkdir()
+    weights = {part: checkpoint_files.official_weights(part, "small-i2v-A14B") for part in ("transformer", "vae")}
+    low = checkpoint_files.official_weights("transformer_2", "small-i2v-A14B")
+    high_file = write_plain(folder / "b_first.safetensors", weights["transformer"], "model.diffusion_model.")
+    low_file = write_plain(folder / "a_second.safetensors", low)
+    write_plain(folder / "vae.safetensors", weights["vae"])
+    write_plain(folder / "umt5.safetensors", hugging_face())
+    (folder / "config.json").write_text(json.dumps({"num_heads": small.T2V["num_heads"]}))
+    with pytest.raises(CheckpointError, match=r"several files with a transformer .* --transformer_2 FILE"):
+        locate(folder)
+    checkpoint = locate(folder, transformer=high_file, transformer_2=low_file)
+    assert (checkpoint.kind, checkpoint.transformer_config.model_type) == ("i2v-A14B", "i2v")
+    assert checkpoint.spec.boundary == 0.9
+    for part, want in (("transformer", weights["transformer"]), ("transformer_2", low)):
+        got = parameters(load_transformer(checkpoint, mx.float32, part))
+        assert all(np.array_equal(np.array(got[name]), cases.native(name, array)) for name, array in want.items())
 
 
 # --- inspect -------------------------------------------------------------------------------------------------

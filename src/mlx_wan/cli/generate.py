@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_wan import backend
-from mlx_wan.cli.fuse import add_lora_flag, parse_loras
+from mlx_wan.cli.fuse import add_lora_flags, parse_loras
 from mlx_wan.cli.progress import Progress
 from mlx_wan.errors import UserError
+from mlx_wan.zoo import MODELS
 
 if TYPE_CHECKING:
     from mlx_wan.pipeline import Event
@@ -25,9 +26,9 @@ if TYPE_CHECKING:
     from mlx_wan.weights.checkpoint import Checkpoint, Component
 
 SUMMARY = "make a video from a prompt, or from a prompt and a picture"
-TASK = "ti2v-5B"
-OTHER_TASKS = ("t2v-A14B", "i2v-A14B", "animate-14B", "s2v-14B")
-FILES = ("transformer", "text_encoder", "vae", "tokenizer")
+TASKS = tuple(name for name, spec in MODELS.items() if spec.hub_id)
+OTHER_TASKS = ("animate-14B", "s2v-14B")
+FILES = ("transformer", "transformer_2", "text_encoder", "image_encoder", "vae", "tokenizer")
 SOLVERS = ("unipc", "dpm++", "euler")
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 LARGEST_SEED = 2**63 - 1
@@ -41,27 +42,41 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     what = parser.add_argument_group("what to make")
     what.add_argument("--prompt", required=True, help="what the video shows")
     what.add_argument("--negative_prompt", "--n_prompt", help="what it must not show (default: the model's own)")
-    what.add_argument("--image", metavar="FILE", help="a picture to start from: the video's first frame")
+    what.add_argument(
+        "--image", "--first_frame", metavar="FILE", help="a picture to start from: the video's first frame"
+    )
+    what.add_argument("--last_frame", metavar="FILE", help="a picture to end with (flf2v-14B, i2v-A14B)")
     what.add_argument("--size", metavar="W*H", help="width*height in pixels; with --image only the area counts")
     what.add_argument("--frame_num", "--num_frames", type=int, metavar="N", help="number of frames, 4n+1")
     what.add_argument("--fps", type=float, help="frames a second of the file (default: the model's own)")
     what.add_argument("--save_file", "--output", "-o", metavar="FILE", help="default: a telling name in this folder")
     model = parser.add_argument_group("which model")
-    model.add_argument("--task", default=TASK, help=f"{TASK}, the only one so far")
+    model.add_argument("--task", help=f"which model it must be: {', '.join(TASKS)} (default: what --ckpt_dir holds)")
     model.add_argument(
         "--ckpt_dir", "--model", metavar="DIR", help="model folder or Hub id (default: the small embedded model)"
     )
     for part in FILES:
         model.add_argument(f"--{part}", metavar="FILE", help=f"a {part.replace('_', ' ')} in place of the folder's own")
     model.add_argument("--dtype", choices=tuple(DTYPE_BYTES), help="of weights and products (default: by device)")
-    add_lora_flag(model)
+    add_lora_flags(model)
     model.add_argument("--fuse", action="store_true", help="add the LoRAs to the weights instead of beside them")
     how = parser.add_argument_group("how (defaults: the model's own)")
     how.add_argument("--base_seed", "--seed", type=int, default=-1, metavar="N", help="-1 for a random one")
     how.add_argument("--sample_solver", "--scheduler", choices=SOLVERS, help="the sampler")
     how.add_argument("--sample_steps", "--steps", type=int, metavar="N", help="denoising steps")
     how.add_argument("--sample_shift", "--shift", type=float, metavar="X", help="shift of the noise schedule")
-    how.add_argument("--sample_guide_scale", "--guidance", type=float, metavar="X", help="guidance; 1 is none")
+    how.add_argument(
+        "--sample_guide_scale",
+        "--guidance",
+        type=_guidance,
+        metavar="X",
+        help="guidance; 1 is none; LOW,HIGH noise for a model of two experts",
+    )
+    how.add_argument(
+        "--keep_both_experts",
+        action="store_true",
+        help="keep both experts of an A14B model in memory, instead of loading the second when its turn comes",
+    )
     old = parser.add_argument_group("accepted from the official script, without effect here")
     old.add_argument("--offload_model", nargs="?", const=True, type=_boolean, metavar="BOOL", help="memory is shared")
     old.add_argument("--t5_cpu", action="store_true", help="memory is shared, and the text encoder freed after use")
@@ -76,6 +91,14 @@ def _boolean(text: str) -> bool:
     return words[text.lower()]
 
 
+def _guidance(text: str) -> float | tuple[float, ...]:
+    try:
+        numbers = tuple(float(number) for number in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number, or two with a comma between them") from None
+    return numbers[0] if len(numbers) == 1 else numbers
+
+
 # --- the run -------------------------------------------------------------------------------------------------
 
 
@@ -86,17 +109,23 @@ def run(args: argparse.Namespace) -> None:
     from mlx_wan.weights.locate import locate
 
     image = read_image(args.image) if args.image else None
+    last = read_image(args.last_frame) if args.last_frame else None
     if args.save_file:
         check_writable(args.save_file)
     files = {part: getattr(args, part) for part in FILES}
     alone = not args.ckpt_dir and not any(files.values())
     checkpoint = locate("tiny" if alone else args.ckpt_dir, **files)
+    _check_task(args.task, checkpoint)
+    fitting = checkpoint.transformer.identity.models
+    if checkpoint.layout.name == "single files" and len(fitting) > 1 and args.task is None:
+        _note(f"the transformer fits {' and '.join(fitting)}: taken as {checkpoint.kind}; --task says which it must be")
+    checkpoint.spec.check_pictures(image is not None, last is not None)
     if alone:
         _note("no --ckpt_dir: the small embedded model draws this (coloured shapes that move)")
-    options = _options(args, checkpoint, image)
+    options = _options(args, checkpoint, image) | ({} if last is None else {"last_image": last})
     path = Path(args.save_file) if args.save_file else _free_name(args.prompt, checkpoint.spec.name, options)
     check_writable(path)
-    _check_memory(checkpoint, args.dtype)
+    _check_memory(checkpoint, args.dtype, args.keep_both_experts)
     _check_loras(args, checkpoint)
     _say_what_is_pointless(args)
     seconds = _make(args, checkpoint, options, path)
@@ -118,15 +147,15 @@ def _make(args: argparse.Namespace, checkpoint: "Checkpoint", options: dict[str,
     with Progress(options["num_inference_steps"], pieces) as progress:
         progress.stage("load")
         dtype = getattr(mx, args.dtype) if args.dtype else None
-        pipe = mlx_wan.WanPipeline.from_pretrained(checkpoint, dtype=dtype)
+        pipe = mlx_wan.WanPipeline.from_pretrained(checkpoint, dtype=dtype, keep_both_experts=args.keep_both_experts)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # _check_loras has said it
-            for lora, scale in parse_loras(args.lora):
-                pipe.load_lora_weights(lora, scale=scale)
+            for lora in parse_loras(args):
+                pipe.load_lora_weights(lora.path, scale=lora.scale, expert=lora.expert)
         if args.fuse:
             pipe.fuse_lora()
         if not pipe.low_memory:  # else each part is loaded in the stage that needs it
-            _ = pipe.text_encoder, pipe.transformer, pipe.vae
+            _ = pipe.text_encoder, pipe.vae, args.keep_both_experts and pipe.transformer_2, pipe.transformer
         events = pipe.stream(args.prompt, **options)
         metadata = _facts(args, checkpoint, options, str(pipe.dtype))
         with VideoWriter(path, args.fps or checkpoint.spec.fps, metadata=metadata) as writer:
@@ -156,25 +185,35 @@ def _follow(event: "Event", progress: Progress, writer: "VideoWriter", with_imag
 
 def _check_flags(args: argparse.Namespace) -> None:
     """What can be judged without knowing the model."""
-    for flag in ("image", "save_file", "ckpt_dir", *FILES):
+    for flag in ("image", "last_frame", "save_file", "ckpt_dir", *FILES):
         if getattr(args, flag) == "":  # an unset variable of a script: no reason to do something else silently
             raise UserError(f"--{flag} is empty; give a name, or leave the flag out")
-    parse_loras(args.lora)
-    if args.fuse and not args.lora:
+    loras = parse_loras(args)
+    if args.fuse and not loras:
         raise UserError("--fuse: there is no --lora to fuse")
-    if args.task != TASK:
-        known = f"is not supported yet; only {TASK} is" if args.task in OTHER_TASKS else f"is unknown; use {TASK}"
-        raise UserError(f"--task {args.task} {known}")
+    if args.task is not None and args.task not in TASKS:
+        what = "is not supported" if args.task in OTHER_TASKS else "is unknown"
+        raise UserError(f"--task {args.task} {what}; use one of {', '.join(TASKS)}")
     if args.sample_steps is not None and not 1 <= args.sample_steps <= 1000:
         raise UserError(f"--sample_steps {args.sample_steps}: must be 1 to 1000")
     if args.sample_shift is not None and not 0 < args.sample_shift < math.inf:
         raise UserError(f"--sample_shift {args.sample_shift}: must be above 0")
-    if args.sample_guide_scale is not None and not math.isfinite(args.sample_guide_scale):
+    scales = args.sample_guide_scale if isinstance(args.sample_guide_scale, tuple) else (args.sample_guide_scale,)
+    if not all(scale is None or math.isfinite(scale) for scale in scales):
         raise UserError(f"--sample_guide_scale {args.sample_guide_scale}: must be a number")
     if args.fps is not None and not 1 <= args.fps <= 240:
         raise UserError(f"--fps {args.fps:g}: must be 1 to 240")
     if args.base_seed > LARGEST_SEED:
         raise UserError(f"--base_seed {args.base_seed}: must be at most {LARGEST_SEED}")
+
+
+def _check_task(task: str | None, checkpoint: "Checkpoint") -> None:
+    """A task that is named must be the one that the files are for."""
+    if task is None:
+        return
+    alike = MODELS[task].traits == MODELS[checkpoint.kind].traits
+    if not alike or (checkpoint.spec.name in TASKS and checkpoint.spec.name != task):
+        raise UserError(f"--task {task}: {checkpoint.folder} holds a model of the kind {checkpoint.kind}")
 
 
 def _options(args: argparse.Namespace, checkpoint: "Checkpoint", image: Any) -> dict[str, Any]:
@@ -183,6 +222,8 @@ def _options(args: argparse.Namespace, checkpoint: "Checkpoint", image: Any) -> 
     width, height = _size(args, checkpoint, image)
     frames = spec.num_frames if args.frame_num is None else args.frame_num
     stride = spec.vae_stride[0]
+    guidance = spec.guidance_scale if args.sample_guide_scale is None else args.sample_guide_scale
+    spec.check_guidance(guidance)
     if frames < 1 or (frames - 1) % stride:
         near = max(round((frames - 1) / stride), 0) * stride + 1
         raise UserError(f"--frame_num {frames}: must be {stride}n+1, for instance {near}")
@@ -193,8 +234,8 @@ def _options(args: argparse.Namespace, checkpoint: "Checkpoint", image: Any) -> 
         "height": height,
         "num_frames": frames,
         "num_inference_steps": args.sample_steps or spec.num_inference_steps,
-        "guidance_scale": spec.guidance_scale if args.sample_guide_scale is None else args.sample_guide_scale,
-        "shift": args.sample_shift or spec.shift,
+        "guidance_scale": guidance,
+        "shift": args.sample_shift or spec.shift_for(width, height),
         "scheduler": args.sample_solver or spec.scheduler,
         "seed": secrets.randbelow(2**32) if args.base_seed < 0 else args.base_seed,
     }
@@ -204,13 +245,15 @@ def _size(args: argparse.Namespace, checkpoint: "Checkpoint", image: Any) -> tup
     spec = checkpoint.spec
     width, height = (spec.width, spec.height) if args.size is None else _parse_size(args.size)
     step_w, step_h = checkpoint.size_steps
+    if spec.name == "i2v-14B" and args.size is None:
+        _note(f"the 480P and the 720P model look the same: {width}*{height} is assumed; --size 832*480 for the other")
     if spec.sizes and (width, height) not in spec.sizes:
         trained = " and ".join(f"{w}*{h}" for w, h in spec.sizes)
         _note(f"the model was trained for {trained}; {width}*{height} may look worse")
     if image is not None:
-        from mlx_wan.conditioning import best_output_size
+        from mlx_wan.conditioning import SIZE_RULES
 
-        return best_output_size(image.width, image.height, step_w, step_h, width * height)
+        return SIZE_RULES[spec.task](image.width, image.height, step_w, step_h, width * height)
     if width % step_w or height % step_h or not width or not height:
         near = "*".join(str(max(round(n / step), 1) * step) for n, step in ((width, step_w), (height, step_h)))
         raise UserError(f"--size {args.size}: width must be a multiple of {step_w}, height of {step_h}; try {near}")
@@ -235,14 +278,16 @@ def _free_name(prompt: str, model: str, options: dict[str, Any]) -> Path:
     return path
 
 
-def _check_memory(checkpoint: "Checkpoint", dtype: str | None) -> None:
+def _check_memory(checkpoint: "Checkpoint", dtype: str | None, both_experts: bool) -> None:
     """Refuse a model whose weights alone are more than the memory; warn when they leave little of it.
 
-    The text encoder is freed before the transformer comes, and the VAE stays with either.
+    The text encoder is freed before the transformer comes, and the VAE stays with either. Of two experts one is
+    there at a time, unless both are to be kept.
     """
     size = DTYPE_BYTES[dtype or str(backend.default_dtype()).removeprefix("mlx.core.")]
     vae = _weight_bytes(checkpoint.vae, 4)
-    needed = vae + max(_weight_bytes(checkpoint.text_encoder, size), _weight_bytes(checkpoint.transformer, size))
+    experts = [_weight_bytes(part, size) for name, part in checkpoint.parts.items() if name.startswith("transformer")]
+    needed = vae + max(_weight_bytes(checkpoint.text_encoder, size), sum(experts) if both_experts else max(experts))
     total = backend.total_memory()
     sizes = f"the weights take {needed / 2**30:.1f} GiB of {total / 2**30:.1f} GiB of memory"
     if needed > total:
@@ -256,15 +301,16 @@ def _check_memory(checkpoint: "Checkpoint", dtype: str | None) -> None:
 
 def _check_loras(args: argparse.Namespace, checkpoint: "Checkpoint") -> None:
     """Read the LoRAs' headers before any weight, and say what of them finds no place."""
-    if not args.lora:
+    if not (loras := parse_loras(args)):
         return
-    from mlx_wan.lora.fuse import QUANTIZED
+    from mlx_wan.lora.fuse import QUANTIZED, expert_part
     from mlx_wan.lora.load import read_lora, transformer_shapes
 
     if args.fuse and checkpoint.quantization is not None:
         raise UserError(QUANTIZED)
     shapes = transformer_shapes(checkpoint.transformer_config)
-    for path, _ in parse_loras(args.lora):
+    for path, _, expert in loras:
+        expert_part(checkpoint, expert)
         if (lora := read_lora(path, shapes)).note:
             _note(str(lora.note))
 
@@ -278,10 +324,11 @@ def _facts(args: argparse.Namespace, checkpoint: "Checkpoint", options: dict[str
     """What is stored in the video: all that is needed to make it again."""
     import mlx_wan
 
-    picture = {"image": Path(args.image).name} if args.image else {}
-    settings = {name: value for name, value in options.items() if name != "image"}
-    if args.lora:
-        settings["loras"] = [{"file": Path(path).name, "scale": scale} for path, scale in parse_loras(args.lora)]
+    files = {"image": args.image, "last_image": args.last_frame}
+    picture = {name: Path(file).name for name, file in files.items() if file}
+    settings = {name: value for name, value in options.items() if name not in files}
+    if loras := parse_loras(args):
+        settings["loras"] = [lora.facts() for lora in loras]
     model = {"model": checkpoint.spec.name, "dtype": dtype.removeprefix("mlx.core.")}
     return {"prompt": args.prompt, **picture, **settings, **model, "mlx_wan": mlx_wan.__version__}
 

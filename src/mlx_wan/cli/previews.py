@@ -40,7 +40,7 @@ class Previews:
 
     def _denoised(self, transformer: "WanTransformer", texts: dict[str, "mx.array"], i: int) -> "mx.array":
         """Latents of prompt number i."""
-        from mlx_wan.sampling import denoise, initial_noise
+        from mlx_wan.sampling import Expert, denoise, initial_noise
         from mlx_wan.schedulers import make_scheduler
 
         recipe, spec, checkpoint = self.plan.recipe, self.plan.checkpoint.spec, self.plan.checkpoint
@@ -48,12 +48,13 @@ class Previews:
         assert recipe.width and recipe.height and recipe.preview_steps and recipe.shift  # noqa: PT018  resolved
         frames = (max(recipe.num_frames) - 1) // stride_t + 1
         shape = (1, frames, recipe.height // stride_h, recipe.width // stride_w, checkpoint.vae_config.z_dim)
+        scale = spec.guidance_scale
+        assert isinstance(scale, float | int)  # a pair is of models with two experts
         steps = denoise(
-            transformer,
+            lambda timestep: Expert(transformer, scale),
             make_scheduler(spec.scheduler, recipe.preview_steps, spec.shift),
             initial_noise(shape, recipe.preview_seed + i),
             texts[recipe.preview_prompts[i]],
             texts[spec.negative_prompt],
-            spec.guidance_scale,
         )
         return list(steps)[-1]

@@ -1,4 +1,4 @@
-"""The adapters of one transformer: put beside its weights, changed in strength, or added to the weights for good."""
+"""The adapters of a model: put beside its weights, changed in strength, or added to the weights for good."""
 
 import math
 import warnings
@@ -19,9 +19,12 @@ from mlx_wan.weights.checkpoint import Checkpoint
 from mlx_wan.weights.convert import convert
 from mlx_wan.weights.tensors import TensorInfo
 
+# What an adapter may be meant for -> the part of the checkpoint; without a word it is for every transformer.
+EXPERTS = {"high": "transformer", "low": "transformer_2"}
+
 
 class Adapters:
-    """Adapters by name with the user's strengths, for one transformer that may come and go.
+    """Adapters by name with the user's strengths, for transformers that may come and go.
 
     `install` is for a transformer fresh from its file, `update` after every change. Matrices get their adapters
     beside them; the few other parameters a file may change (norms, biases, modulation, patch embedding) are
@@ -32,10 +35,13 @@ class Adapters:
         self.loras: dict[str, Lora] = {}
         self.strengths: dict[str, float] = {}
         self.fused = False
-        self._originals: dict[str, mx.array] = {}
+        self._parts: dict[str, str | None] = {}
+        self._originals: dict[str, dict[str, mx.array]] = {}
 
-    def add(self, lora: Lora, name: str | None, strength: float) -> str:
+    def add(self, lora: Lora, name: str | None, strength: float, part: str | None = None) -> str:
         """Takes a LoRA in, under its file's name unless another is given; returns the name.
+
+        part: the only transformer of the checkpoint that it is for; None for all.
 
         Raises:
             UserError: the name is taken, or the strength no number.
@@ -46,7 +52,7 @@ class Adapters:
             name = next(n for i in count(1) if (n := stem if i == 1 else f"{stem}_{i}") not in self.loras)
         if name in self.loras:
             raise UserError(f"there is an adapter called {name!r} already; choose another adapter_name")
-        self.loras[name], self.strengths[name] = lora, _strength(strength)
+        self.loras[name], self.strengths[name], self._parts[name] = lora, _strength(strength), part
         return name
 
     def set(self, names: Sequence[str], weights: Sequence[float]) -> None:
@@ -66,11 +72,11 @@ class Adapters:
         self._check_open()
         self._check_names(names)
         for name in names:
-            del self.loras[name], self.strengths[name]
+            del self.loras[name], self.strengths[name], self._parts[name]
 
     def clear(self) -> None:
         """Forgets all adapters, fused ones too; the model they were fused into must be read again."""
-        self.loras, self.strengths, self.fused = {}, {}, False
+        self.loras, self.strengths, self._parts, self.fused = {}, {}, {}, False
 
     def _check_names(self, names: Sequence[str]) -> None:
         if unknown := [name for name in names if name not in self.loras]:
@@ -80,45 +86,50 @@ class Adapters:
         if self.fused:
             raise UserError("the adapters are fused into the weights; call unload_lora_weights() first")
 
-    def install(self, model: nn.Module) -> None:
+    def _of(self, part: str) -> dict[str, Lora]:
+        return {name: lora for name, lora in self.loras.items() if self._parts[name] in (None, part)}
+
+    def install(self, model: nn.Module, part: str = "transformer") -> None:
         """Brings all adapters to a model that has none."""
-        self._originals = {}
-        self.update(model)
+        self._originals[part] = {}
+        self.update(model, part)
         if self.fused:
             merge(model)
 
-    def update(self, model: nn.Module) -> None:
+    def update(self, model: nn.Module, part: str = "transformer") -> None:
         """Makes the adapters beside the model's weights those that are wanted, without reading weights again."""
+        loras = self._of(part)
         homes = {layer: m for layer, m in model.named_modules() if isinstance(m, LoRALinear)}
         present = {name for home in homes.values() for name in home.adapters}
-        for name in present - self.loras.keys():
+        for name in present - loras.keys():
             detach(model, name)
         dtypes = {layer: _dtype(linear) for layer, linear in linear_layers(model).items()}
-        for name in self.loras.keys() - present:
-            lora = self.loras[name]
+        for name in loras.keys() - present:
+            lora = loras[name]
             attach(model, {layer: lora.adapter(layer, dtypes[layer]) for layer in lora.layers}, name)
         for module in model.modules():
             if isinstance(module, LoRALinear):
                 for name, adapter in module.adapters.items():
                     adapter.strength = self.strengths[name]
-        self._shift(model)
+        self._shift(model, loras, self._originals.setdefault(part, {}))
 
-    def _shift(self, model: nn.Module) -> None:
+    def _shift(self, model: nn.Module, loras: dict[str, Lora], originals: dict[str, mx.array]) -> None:
         parameters: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
         home = {name.replace(".linear.", "."): name for name in parameters}
-        wanted = {name for lora in self.loras.values() for name in lora.shifts}
+        wanted = {name for lora in loras.values() for name in lora.shifts}
         changed = []
-        for name in wanted | self._originals.keys():
-            original = self._originals.setdefault(name, parameters[home[name]])
+        for name in wanted | originals.keys():
+            original = originals.setdefault(name, parameters[home[name]])
             value = original.astype(mx.float32)
-            for key, lora in self.loras.items():
+            for key, lora in loras.items():
                 if name in lora.shifts and self.strengths[key]:
                     value = value + self.strengths[key] * lora.shift(name)
             changed.append((home[name], value.astype(original.dtype)))
         if changed:
             mx.eval([array for _, array in changed])
             model.update(tree_unflatten(changed))  # pyright: ignore[reportArgumentType]
-        self._originals = {name: array for name, array in self._originals.items() if name in wanted}
+        for name in originals.keys() - wanted:
+            del originals[name]
 
 
 def merge(model: nn.Module) -> None:
@@ -153,7 +164,7 @@ QUANTIZED = (
 def fuse(
     src: str | Path,
     dst: str | Path,
-    loras: Sequence[tuple[str | Path, float]],
+    loras: Sequence[tuple[str | Path, float] | tuple[str | Path, float, str | None]],
     *,
     note: Callable[[str], None] = warnings.warn,
     **options: Any,
@@ -161,7 +172,7 @@ def fuse(
     """Writes the checkpoint `src` with LoRAs in its weights to the folder `dst`, in the native layout.
 
     Args:
-        loras: files and their strengths.
+        loras: files, their strengths and, if for one of two experts alone, "high" or "low".
         note: told of keys that were left out, a line a file.
         options: of `weights.convert.convert`: dtype, bits, group_size, overwrite, progress.
 
@@ -170,16 +181,35 @@ def fuse(
     """
 
     def change(checkpoint: Checkpoint, component: str, tensors: list[TensorInfo]) -> list[TensorInfo]:
-        if component != "transformer":
+        if not component.startswith("transformer"):
             return tensors
         shapes = transformer_shapes(checkpoint.transformer_config)
-        found = [(read_lora(path, shapes), _strength(strength)) for path, strength in loras]
+        found = [
+            (read_lora(path, shapes), _strength(strength))
+            for path, strength, *expert in loras
+            if expert_part(checkpoint, *expert) in (None, component)
+        ]
         for lora, _ in found:
             if lora.note:
                 note(lora.note)
         return merge_tensors(tensors, found)
 
     return convert(src, dst, change=change, **options)
+
+
+def expert_part(checkpoint: Checkpoint, expert: str | None = None) -> str | None:
+    """The part of a checkpoint that "high" or "low" means; None for None.
+
+    Raises:
+        UserError: another word, or a model that has no experts.
+    """
+    if expert is None:
+        return None
+    if expert not in EXPERTS:
+        raise UserError(f"expert is {expert!r}; it must be one of {', '.join(EXPERTS)}, or left out for both")
+    if checkpoint.transformer_2 is None:
+        raise UserError(f"the model has one transformer: a LoRA for the {expert}-noise expert has no place in it")
+    return EXPERTS[expert]
 
 
 def merge_tensors(tensors: Sequence[TensorInfo], loras: Sequence[tuple[Lora, float]]) -> list[TensorInfo]:

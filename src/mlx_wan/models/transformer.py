@@ -1,6 +1,7 @@
 """The Wan diffusion transformer: noisy latents, a timestep and a text embedding in, a velocity out.
 
-Follows `wan/modules/model.py` of the official repository. Parameter names are the official ones; tensors are
+Follows `wan/modules/model.py` of the official repositories of Wan2.2 and, for the image tokens of its I2V models,
+Wan2.1. Parameter names are the official ones; tensors are
 channels last. Precision as there: the residual stream, norms, time embedding, modulation and output head are
 float32, attention and feed-forward matmuls run in `dtype`.
 """
@@ -17,14 +18,18 @@ from mlx.nn.utils import checkpoint
 from .layers import GELU, SiLU, attend, run_layers
 
 # Parameters that stay float32 whatever the compute dtype: fragments of their names.
-FLOAT32_PARAMETERS = ("time_embedding.", "time_projection.", "modulation", "head.head.", "norm")
+FLOAT32_PARAMETERS = ("time_embedding.", "time_projection.", "modulation", "head.head.", "norm", "img_emb.")
 
 ROPE_THETA = 10000.0
 
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """Dimensions, under the names of the official config.json."""
+    """Dimensions, under the names of the official config.json.
+
+    And two that the official code derives: image_dim, the width of image embeddings that cross-attention takes beside
+    the text (Wan2.1 I2V), and image_positions, for how many of them there is a position embedding (FLF2V); 0 for none.
+    """
 
     in_dim: int = 48
     out_dim: int = 48
@@ -40,6 +45,8 @@ class TransformerConfig:
     cross_attn_norm: bool = True
     eps: float = 1e-6
     model_type: str = "ti2v"
+    image_dim: int = 0
+    image_positions: int = 0
 
 
 def timestep_embedding(timesteps: mx.array, dim: int) -> mx.array:
@@ -137,6 +144,45 @@ class Attention(nn.Module):
         return self.o(attend(q, k, self.v(context), self.num_heads, self.scale, in_pieces=self.in_pieces))
 
 
+class ImageCrossAttention(Attention):
+    """Cross-attention to text and, with keys and values of their own, to image tokens."""
+
+    def __init__(self, config: TransformerConfig, dtype: mx.Dtype):
+        super().__init__(config, dtype)
+        self.k_img = nn.Linear(config.dim, config.dim)
+        self.v_img = nn.Linear(config.dim, config.dim)
+        self.norm_k_img = nn.RMSNorm(config.dim, config.eps) if config.qk_norm else nn.Identity()
+
+    def attend_image(self, x: mx.array, context: mx.array, image: mx.array) -> mx.array:
+        """x: (B, L, C), context: (B, n, C), image: (B, m, C), all in self.dtype."""
+        q = self.norm_q(self.q(x).astype(mx.float32)).astype(self.dtype)
+        k = self.norm_k(self.k(context).astype(mx.float32)).astype(self.dtype)
+        k_img = self.norm_k_img(self.k_img(image).astype(mx.float32)).astype(self.dtype)
+        text = attend(q, k, self.v(context), self.num_heads, self.scale)
+        return self.o(text + attend(q, k_img, self.v_img(image), self.num_heads, self.scale))
+
+
+class ImageEmbedding(nn.Module):
+    """Image embeddings (B, m, image_dim) to tokens (B, m, dim), in float32."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        width = config.image_dim
+        self.proj = [
+            nn.LayerNorm(width),
+            nn.Linear(width, width),
+            nn.GELU(),
+            nn.Linear(width, config.dim),
+            nn.LayerNorm(config.dim),
+        ]
+        if config.image_positions:
+            self.emb_pos = mx.zeros((1, config.image_positions, width))
+
+    def __call__(self, image: mx.array) -> mx.array:
+        image = image.astype(mx.float32)
+        return run_layers(self.proj, image + self.emb_pos if "emb_pos" in self else image)
+
+
 class Block(nn.Module):
     """Self-attention, cross-attention to the text, feed-forward; the timestep modulates the first and the last."""
 
@@ -146,19 +192,31 @@ class Block(nn.Module):
         self.modulation = mx.random.normal((1, 6, config.dim)) / config.dim**0.5
         self.self_attn = Attention(config, dtype)
         self.norm3 = nn.LayerNorm(config.dim, config.eps) if config.cross_attn_norm else nn.Identity()
-        self.cross_attn = Attention(config, dtype)
+        self.cross_attn = ImageCrossAttention(config, dtype) if config.image_dim else Attention(config, dtype)
         self.ffn = [
             nn.Linear(config.dim, config.ffn_dim),
             GELU(),
             nn.Linear(config.ffn_dim, config.dim),
         ]
 
-    def __call__(self, x: mx.array, context: mx.array, time: mx.array, rope: tuple[mx.array, mx.array]) -> mx.array:
-        # x: (B, L, C) float32; context: (B, n, C) dtype; time: (B, G, 6, C) float32
+    def __call__(
+        self,
+        x: mx.array,
+        context: mx.array,
+        time: mx.array,
+        rope: tuple[mx.array, mx.array],
+        image: mx.array | None = None,
+    ) -> mx.array:
+        # x: (B, L, C) float32; context: (B, n, C), image: (B, m, C) dtype; time: (B, G, 6, C) float32
         shift1, scale1, gate1, shift2, scale2, gate2 = ((self.modulation[:, None] + time)[:, :, i] for i in range(6))
         y = modulate(x, shift1, scale1, self.eps).astype(self.dtype)
         x = gated_add(x, self.self_attn(y, y, rope), gate1)
-        x = x + self.cross_attn(self.norm3(x).astype(self.dtype), context).astype(mx.float32)
+        y = self.norm3(x).astype(self.dtype)
+        if image is not None and isinstance(self.cross_attn, ImageCrossAttention):
+            y = self.cross_attn.attend_image(y, context, image)
+        else:
+            y = self.cross_attn(y, context)
+        x = x + y.astype(mx.float32)
         y = modulate(x, shift2, scale2, self.eps).astype(self.dtype)
         return gated_add(x, run_layers(self.ffn, y), gate2)
 
@@ -233,13 +291,18 @@ class WanTransformer(nn.Module):
         self.time_projection = [SiLU(), nn.Linear(config.dim, 6 * config.dim)]
         self.blocks = [Block(config, dtype) for _ in range(config.num_layers)]
         self.head = Head(config)
+        if config.image_dim:
+            self.img_emb = ImageEmbedding(config)
 
-    def __call__(self, latents: mx.array, timesteps: mx.array, context: mx.array) -> mx.array:
+    def __call__(
+        self, latents: mx.array, timesteps: mx.array, context: mx.array, image: mx.array | None = None
+    ) -> mx.array:
         """
         Args:
             latents: (B, t, h, w, in_dim); h and w divisible by the patch.
             timesteps: 0 (clean) to 1000 (noise): (B,), (B, t) one a latent frame, or (B, tokens).
             context: (B, n, text_dim) text embeddings; the reference pads n with zeros to `text_len`.
+            image: (B, m, image_dim) image embeddings, for models that take them and only those.
 
         Returns:
             velocity (B, t, h, w, out_dim), float32.
@@ -250,13 +313,17 @@ class WanTransformer(nn.Module):
         grid = self.token_grid(latents.shape)
         if context.ndim != 3 or (context.shape[0], context.shape[2]) != (latents.shape[0], config.text_dim):
             raise ValueError(f"context {context.shape} must be ({latents.shape[0]}, tokens, {config.text_dim})")
+        if (image is None) != (config.image_dim == 0):
+            raise ValueError(f"image embeddings {'are needed' if image is None else 'have no place in this model'}")
+        if image is not None:
+            image = self.img_emb(image).astype(self.dtype)
         x = self.patch_embedding(patchify(latents, config.patch_size)).astype(mx.float32)
         time, modulation = self.embed_time(timesteps, grid)
         context = run_layers(self.text_embedding, context.astype(self.dtype))
         rope = rope_table(grid, config.dim // config.num_heads)
         for block in self.blocks:
             run = checkpoint(block) if self.checkpointing else block
-            x = run(x, context, modulation, rope)
+            x = run(x, context, modulation, rope, image)
         return unpatchify(self.head(x, time), grid, config.patch_size)
 
     def save_memory(self, on: bool) -> None:

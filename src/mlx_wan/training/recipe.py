@@ -83,10 +83,10 @@ class AutoencoderRecipe:
 class TransformerRecipe:
     """Stage two.
 
-    pool: clips drawn and encoded once. objects: how many each shows, 1 or 2; none leaves it to chance. captions:
-    different captions of each. shift: of the noise levels (see
-    objective.py). caption_dropout: share of samples without a caption, for guidance. image_to_video: share of
-    samples whose first latent frame is given clean. sampling: how the finished model is sampled by default.
+    pool: clips drawn and encoded once, `encode_batch` at a time. objects: how many each shows, 1 or 2; none leaves it
+    to chance. captions: different captions of each. shift: of the noise levels (see objective.py). caption_dropout:
+    share of samples without a caption, for guidance. image_to_video: share of samples whose first latent frame is
+    given clean. sampling: how the finished model is sampled by default.
     """
 
     transformer: TransformerConfig
@@ -95,6 +95,7 @@ class TransformerRecipe:
     clips: Clips
     sampling: dict[str, Any]
     pool: int = 65536
+    encode_batch: int = 16
     objects: int | None = None
     captions: int = 4
     shift: float = 3.0
@@ -103,7 +104,7 @@ class TransformerRecipe:
     validation_clips: int = 512
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "pool", "captions", "validation_clips")
+        _at_least(self, 1, "pool", "encode_batch", "captions", "validation_clips")
         if self.objects not in (None, 1, 2):
             raise UserError(f"objects is {self.objects}; it must be 1 or 2, or left out")
         if self.shift <= 0:
@@ -156,6 +157,8 @@ def _check_dimensions(transformer: TransformerConfig, text: TextEncoderConfig) -
         raise UserError(f"transformer.freq_dim is {transformer.freq_dim}; it must be even")
     if min(transformer.patch_size) < 1 or transformer.patch_size[0] != 1:
         raise UserError(f"transformer.patch_size is {list(transformer.patch_size)}; it must be [1, rows, columns]")
+    if transformer.image_dim or transformer.image_positions:
+        raise UserError("transformer.image_dim and image_positions must be 0: no stage trains with image tokens")
     if transformer.in_dim != transformer.out_dim:
         raise UserError(f"transformer.in_dim is {transformer.in_dim} and out_dim {transformer.out_dim}: must be equal")
     if transformer.text_dim != text.dim:

@@ -182,7 +182,7 @@ def encode_pool(
     vae: WanVAE22, tokenizer: Tokenizer, recipe: TransformerRecipe, seed: int, count: int, held_out: bool
 ) -> tuple[mx.array, np.ndarray]:
     """Latents (count, t, h, w, C), float16, and token ids (count, captions, text_len) of freshly drawn clips."""
-    latents, texts, done, batch = [], [], 0, min(count, 16)
+    latents, texts, done, batch = [], [], 0, min(count, recipe.encode_batch)
     compiled = mx.compile(lambda params: _encode(vae, params, recipe.clips))
     draw_words = random.Random(seed)
     rng = np.random.default_rng([seed, int(held_out)])

@@ -1,12 +1,14 @@
 """What a checkpoint is: the layouts of its folder, and the parts found in one."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from mlx_wan.models.clip import ImageEncoderConfig
 from mlx_wan.models.transformer import TransformerConfig
 from mlx_wan.models.umt5 import TextEncoderConfig
+from mlx_wan.models.vae21 import VAE21Config
 from mlx_wan.models.vae22 import VAEConfig
 from mlx_wan.weights.files import INDEX_SUFFIX
 from mlx_wan.weights.identify import Identity
@@ -15,6 +17,7 @@ from mlx_wan.weights.quantize import Quantization
 from mlx_wan.weights.tensors import TensorInfo
 from mlx_wan.zoo import ModelSpec
 
+PARTS = ("transformer", "transformer_2", "text_encoder", "image_encoder", "vae")
 EMBEDDED = Path(__file__).resolve().parent.parent / "embedded"  # the small model in this package, native layout
 
 
@@ -23,63 +26,95 @@ class Layout:
     """Where a kind of checkpoint folder keeps what.
 
     Attributes:
-        files: component or "tokenizer" -> its file, relative to the folder; the first name that exists counts.
+        files: part or "tokenizer" -> its file, relative to the folder; the first name that exists counts.
         usual: order of its convolutions where shapes do not tell (`layouts.KEEP` or `TURN`), None if unknown.
+        model: what it holds, in messages.
+        vae: the family its VAE must be of; None if it may be of any.
+        configs: part -> its config.json.
     """
 
     name: str
     files: Mapping[str, tuple[str, ...]]
     usual: str | None
+    model: str = "Wan model"
+    vae: str | None = None
+    configs: Mapping[str, str] = field(default_factory=lambda: {"transformer": "config.json"})
 
 
-def _files(transformer: str, text_encoder: tuple[str, ...], vae: tuple[str, ...], tokenizer: str) -> dict:
-    return {
-        "transformer": (f"{transformer}.safetensors", f"{transformer}{INDEX_SUFFIX}"),
-        "text_encoder": text_encoder,
-        "vae": vae,
-        "tokenizer": (tokenizer,),
-    }
+def _either(stem: str) -> tuple[str, ...]:
+    """One file or the index of several."""
+    return f"{stem}.safetensors", f"{stem}{INDEX_SUFFIX}"
 
 
-NATIVE = Layout(
-    "native",
-    _files(
-        "transformer",
-        ("text_encoder.safetensors", f"text_encoder{INDEX_SUFFIX}"),
-        ("vae.safetensors", f"vae{INDEX_SUFFIX}"),
-        "tokenizer.json",
-    ),
-    KEEP,
-)
+def _pth(stem: str) -> tuple[str, ...]:
+    return f"{stem}.pth", f"{stem}.safetensors"
+
+
+def native_layout(extra: Mapping[str, Any]) -> Layout:
+    """The native layout of a model whose config.json has `extra` under "mlx_wan"."""
+    optional = {"transformer_2": "boundary", "image_encoder": "image_encoder"}
+    parts = [part for part in PARTS if part not in optional or optional[part] in extra]
+    return Layout("native", {part: _either(part) for part in parts} | {"tokenizer": ("tokenizer.json",)}, KEEP)
+
+
+NATIVE = native_layout({})
 UMT5_TOKENIZER = "google/umt5-xxl/tokenizer.json"
 WAN22_MLX = Layout(
     "Wan2.2-mlx",
-    _files("wan_model_mlx", ("t5_encoder_mlx.safetensors",), ("vae_mlx.safetensors",), UMT5_TOKENIZER),
+    {
+        "transformer": _either("wan_model_mlx"),
+        "text_encoder": ("t5_encoder_mlx.safetensors",),
+        "vae": ("vae_mlx.safetensors",),
+        "tokenizer": (UMT5_TOKENIZER,),
+    },
     None,
 )
+_TEXT_FILES = {"text_encoder": _pth("models_t5_umt5-xxl-enc-bf16"), "tokenizer": (UMT5_TOKENIZER,)}
 OFFICIAL = Layout(
     "official",
-    _files(
-        "diffusion_pytorch_model",
-        ("models_t5_umt5-xxl-enc-bf16.pth", "models_t5_umt5-xxl-enc-bf16.safetensors"),
-        ("Wan2.2_VAE.pth", "Wan2.2_VAE.safetensors"),
-        UMT5_TOKENIZER,
-    ),
+    {"transformer": _either("diffusion_pytorch_model"), "vae": _pth("Wan2.2_VAE"), **_TEXT_FILES},
     TURN,
+    "Wan2.2 TI2V model",
+    "Wan2.2",
+)
+OFFICIAL_21 = Layout(
+    "official",
+    {"transformer": _either("diffusion_pytorch_model"), "vae": _pth("Wan2.1_VAE"), **_TEXT_FILES},
+    TURN,
+    "Wan2.1 model",
+    "Wan2.1",
+)
+CLIP = "models_clip_open-clip-xlm-roberta-large-vit-huge-14"
+OFFICIAL_21_I2V = replace(OFFICIAL_21, files={**OFFICIAL_21.files, "image_encoder": _pth(CLIP)})
+EXPERT_FOLDERS = {"transformer": "high_noise_model", "transformer_2": "low_noise_model"}
+OFFICIAL_EXPERTS = Layout(
+    "official",
+    {
+        **{part: _either(f"{name}/diffusion_pytorch_model") for part, name in EXPERT_FOLDERS.items()},
+        "vae": _pth("Wan2.1_VAE"),
+        **_TEXT_FILES,
+    },
+    TURN,
+    "Wan2.2 A14B model",
+    "Wan2.1",
+    {part: f"{name}/config.json" for part, name in EXPERT_FOLDERS.items()},
 )
 DIFFUSERS = Layout(
     "Diffusers",
-    _files(
-        "transformer/diffusion_pytorch_model",
-        ("text_encoder/model.safetensors", f"text_encoder/model{INDEX_SUFFIX}"),
-        ("vae/diffusion_pytorch_model.safetensors", f"vae/diffusion_pytorch_model{INDEX_SUFFIX}"),
-        "tokenizer/tokenizer.json",
-    ),
+    {
+        "transformer": _either("transformer/diffusion_pytorch_model"),
+        "text_encoder": _either("text_encoder/model"),
+        "vae": _either("vae/diffusion_pytorch_model"),
+        "tokenizer": ("tokenizer/tokenizer.json",),
+    },
     TURN,
+    "Wan2.2 TI2V model",
+    "Wan2.2",
+    {},
 )
 # Files of any names, told by what is in them: ComfyUI's folders, GGUF, or parts given one by one.
-SINGLE_FILES = Layout("single files", {}, TURN)
-LAYOUTS = (NATIVE, WAN22_MLX, OFFICIAL, DIFFUSERS)
+SINGLE_FILES = Layout("single files", {}, TURN, configs={})
+LAYOUTS = (NATIVE, WAN22_MLX, OFFICIAL, OFFICIAL_21, OFFICIAL_21_I2V, OFFICIAL_EXPERTS, DIFFUSERS)
 
 
 @dataclass(frozen=True)
@@ -99,16 +134,20 @@ class Checkpoint:
         layout: which files it is made of.
         folder: where it is.
         config: its config.json.
+        kind: which of `zoo.MODELS` it is, or is a model of unreleased size of the kind of.
         spec: how the model is sampled by default.
         transformer, text_encoder, vae: its parts.
+        transformer_2: the low-noise expert where there are two; `transformer` is the high-noise one then.
+        image_encoder: of a model that takes image embeddings.
         tokenizer: its tokenizer.json, or what such a file would hold.
-        *_config: dimensions of the parts.
+        *_config: dimensions of the parts; both experts have the same.
         quantization: how its matrices are packed; None if they are not.
     """
 
     layout: Layout
     folder: Path
     config: Mapping[str, Any]
+    kind: str
     spec: ModelSpec
     transformer: Component
     text_encoder: Component
@@ -116,12 +155,21 @@ class Checkpoint:
     tokenizer: Path | bytes
     transformer_config: TransformerConfig
     text_encoder_config: TextEncoderConfig
-    vae_config: VAEConfig
+    vae_config: VAEConfig | VAE21Config
+    transformer_2: Component | None = None
+    image_encoder: Component | None = None
+    image_encoder_config: ImageEncoderConfig | None = None
     quantization: Quantization | None = None
 
     def tokenizer_json(self) -> bytes:
         """What its tokenizer.json holds."""
         return self.tokenizer if isinstance(self.tokenizer, bytes) else self.tokenizer.read_bytes()
+
+    @property
+    def parts(self) -> dict[str, Component]:
+        """The parts that are there, by the names of their fields."""
+        found = {name: getattr(self, name) for name in PARTS}
+        return {name: part for name, part in found.items() if part is not None}
 
     @property
     def size_steps(self) -> tuple[int, int]:

@@ -13,7 +13,6 @@ from mlx_wan.errors import UserError
 from mlx_wan.weights.checkpoint import Checkpoint
 from mlx_wan.weights.export import WRITERS
 from mlx_wan.weights.fit import component_tensors
-from mlx_wan.weights.identify import COMPONENTS
 from mlx_wan.weights.locate import locate
 from mlx_wan.weights.quantize import Quantization, quantize_tensors
 from mlx_wan.weights.save import MAX_SHARD_BYTES, native_config, remove_tensors, write_native
@@ -82,11 +81,12 @@ def convert(
 
 
 def _parts(checkpoint: Checkpoint, dtype: mx.Dtype | None, how: Quantization | None, change: Change) -> Parts:
-    """The tensors of each component as they will be stored."""
-    parts = {name: change(checkpoint, name, component_tensors(checkpoint, name, dtype)) for name in COMPONENTS}
+    """The tensors of each part as they will be stored."""
+    parts = {name: change(checkpoint, name, component_tensors(checkpoint, name, dtype)) for name in checkpoint.parts}
     if how is None:
         return parts
-    return {name: quantize_tensors(tensors, name, how) for name, tensors in parts.items()}
+    kinds = {name: part.identity.component for name, part in checkpoint.parts.items()}
+    return {name: quantize_tensors(tensors, kinds[name], how) for name, tensors in parts.items()}
 
 
 def _config(checkpoint: Checkpoint, how: Quantization | None) -> dict[str, Any]:
@@ -96,6 +96,8 @@ def _config(checkpoint: Checkpoint, how: Quantization | None) -> dict[str, Any]:
         text_encoder=checkpoint.text_encoder_config,
         vae=checkpoint.vae_config,
         sampling=checkpoint.spec.sampling(),
+        boundary=checkpoint.spec.boundary,
+        image_encoder=checkpoint.image_encoder_config,
         quantization=how,
     )
 

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_wan.weights.checkpoint import DIFFUSERS, OFFICIAL, Checkpoint, Layout
+from mlx_wan.errors import UserError
+from mlx_wan.models.vae22 import VAEConfig
+from mlx_wan.weights.checkpoint import DIFFUSERS, OFFICIAL, OFFICIAL_21, OFFICIAL_EXPERTS, Checkpoint, Layout
 from mlx_wan.weights.diffusers import write_configs
 from mlx_wan.weights.layouts import DIFFUSERS_TRANSFORMER, DIFFUSERS_VAE, HF_TEXT_ENCODER, Dialect
 from mlx_wan.weights.layouts import OFFICIAL as OFFICIAL_NAMES
@@ -30,27 +32,42 @@ TOKENIZER_CONFIG = {
 
 
 def write_official(folder: Path, checkpoint: Checkpoint, parts: Parts, max_shard_bytes: int) -> None:
-    """The repository Wan's own code reads: .pth for text encoder and VAE too."""
-    files = _first_files(OFFICIAL)
-    _write_shards(folder / files["transformer"], parts["transformer"], OFFICIAL_NAMES, max_shard_bytes)
+    """The repository Wan's own code reads: .pth for text encoder and VAE too.
+
+    Raises UserError for a model with an image encoder, whose file has a text half that this package does not keep.
+    """
+    if checkpoint.image_encoder is not None:
+        raise UserError(f"{checkpoint.spec.name}: has an image encoder, whose official file cannot be written again")
+    if checkpoint.transformer_2 is not None:
+        layout = OFFICIAL_EXPERTS
+    else:
+        layout = OFFICIAL if checkpoint.vae.identity.family == OFFICIAL.vae else OFFICIAL_21
+    files = _first_files(layout)
+    for part in layout.configs:
+        _write_shards(folder / files[part], parts[part], OFFICIAL_NAMES, max_shard_bytes)
     for part in ("text_encoder", "vae"):
         write_pth(folder / files[part], [torch_order(info, OFFICIAL_NAMES) for info in parts[part]])
     _write_tokenizer(folder / files["tokenizer"], checkpoint)
     known = vars(checkpoint.transformer_config)
     config = {"_class_name": "WanModel", **{key: known[key] for key in CONFIG_KEYS}}
-    write_json(folder / "config.json", config)
+    for name in layout.configs.values():
+        write_json(folder / name, config)
 
 
 def write_diffusers(folder: Path, checkpoint: Checkpoint, parts: Parts, max_shard_bytes: int) -> None:
-    """The repository `WanPipeline.from_pretrained` of diffusers reads; model_index.json is written last."""
+    """The repository `WanPipeline.from_pretrained` of diffusers reads; model_index.json is written last.
+
+    Raises UserError for a model of another kind than TI2V.
+    """
+    vae = checkpoint.vae_config
+    if not isinstance(vae, VAEConfig):
+        raise UserError(f"{checkpoint.spec.name}: only TI2V models can be written in the Diffusers layout")
     files = _first_files(DIFFUSERS)
     dialects = {"transformer": DIFFUSERS_TRANSFORMER, "text_encoder": HF_TEXT_ENCODER, "vae": DIFFUSERS_VAE}
     for part, dialect in dialects.items():
         _write_shards(folder / files[part], parts[part], dialect, max_shard_bytes)
     _write_tokenizer(folder / files["tokenizer"], checkpoint)
-    configs = write_configs(
-        checkpoint.transformer_config, checkpoint.text_encoder_config, checkpoint.vae_config, checkpoint.spec
-    )
+    configs = write_configs(checkpoint.transformer_config, checkpoint.text_encoder_config, vae, checkpoint.spec)
     for name, content in configs.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         write_json(folder / name, content)

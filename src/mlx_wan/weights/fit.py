@@ -9,8 +9,11 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_wan.errors import CheckpointError
+from mlx_wan.models.autoencoder import WanVAE
+from mlx_wan.models.clip import ImageEncoder, ImageEncoderConfig
 from mlx_wan.models.transformer import FLOAT32_PARAMETERS, WanTransformer
 from mlx_wan.models.umt5 import UMT5Encoder
+from mlx_wan.models.vae21 import VAE21Config, WanVAE21
 from mlx_wan.models.vae22 import WanVAE22
 from mlx_wan.weights.checkpoint import Checkpoint, Component
 from mlx_wan.weights.identify import LABELS
@@ -21,8 +24,14 @@ from mlx_wan.weights.tensors import DTYPES, TensorInfo, dtype_name
 SHOWN = 4  # tensors listed of each kind in an error
 
 
-def component_tensors(checkpoint: Checkpoint, component: str, dtype: mx.Dtype | None) -> list[TensorInfo]:
-    """The tensors of "transformer", "text_encoder" or "vae" as its module takes them, each read when asked for.
+def make_vae(checkpoint: Checkpoint) -> WanVAE:
+    """The module of the checkpoint's VAE, not filled."""
+    config = checkpoint.vae_config
+    return WanVAE21(config) if isinstance(config, VAE21Config) else WanVAE22(config)
+
+
+def component_tensors(checkpoint: Checkpoint, name: str, dtype: mx.Dtype | None) -> list[TensorInfo]:
+    """The tensors of a part, one of `checkpoint.parts`, as its module takes them, each read when asked for.
 
     Official names, channels last, types by the policy of the `load_*` functions, or as stored where `dtype` is
     None (but for what is always float32). Raises as `locate`.
@@ -30,17 +39,19 @@ def component_tensors(checkpoint: Checkpoint, component: str, dtype: mx.Dtype | 
     modules = {
         "transformer": lambda: WanTransformer(checkpoint.transformer_config),
         "text_encoder": lambda: UMT5Encoder(checkpoint.text_encoder_config),
-        "vae": lambda: WanVAE22(checkpoint.vae_config),
+        "image_encoder": lambda: ImageEncoder(checkpoint.image_encoder_config or ImageEncoderConfig()),
+        "vae": lambda: make_vae(checkpoint),
     }
-    return fit_tensors(checkpoint, component, modules[component](), dtype)
+    return fit_tensors(checkpoint, name, modules[checkpoint.parts[name].identity.component](), dtype)
 
 
-def fit_tensors(checkpoint: Checkpoint, component: str, module: nn.Module, dtype: mx.Dtype | None) -> list[TensorInfo]:
-    """The component's tensors made to fit `module`, whose matrices get packed first where the checkpoint's are.
+def fit_tensors(checkpoint: Checkpoint, name: str, module: nn.Module, dtype: mx.Dtype | None) -> list[TensorInfo]:
+    """The part's tensors made to fit `module`, whose matrices get packed first where the checkpoint's are.
 
     The module's own random values are never computed: MLX makes them when they are needed, and they are not.
     """
-    part: Component = getattr(checkpoint, component)
+    part = checkpoint.parts[name]
+    component = part.identity.component
     if checkpoint.quantization is not None:
         try:
             quantize_module(module, component, checkpoint.quantization)

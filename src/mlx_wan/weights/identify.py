@@ -8,11 +8,16 @@ from dataclasses import dataclass
 from mlx_wan.errors import CheckpointError
 from mlx_wan.lora import dialects
 from mlx_wan.weights.layouts import official_names, unwrapped
-from mlx_wan.weights.shapes import FIELDS, Shape
+from mlx_wan.weights.shapes import FIELDS, Shape, vae_family
 from mlx_wan.zoo import RELEASES
 
-COMPONENTS = ("transformer", "text_encoder", "vae")
-LABELS = {"transformer": "transformer", "text_encoder": "text encoder", "vae": "VAE"}
+COMPONENTS = ("transformer", "text_encoder", "image_encoder", "vae")  # kinds; of transformers there may be two
+LABELS = {
+    "transformer": "transformer",
+    "text_encoder": "text encoder",
+    "image_encoder": "image encoder",
+    "vae": "VAE",
+}
 
 # Names that only one kind of model has: (start of a name, component, model). First match wins.
 MARKS: tuple[tuple[str, str, str], ...] = (
@@ -20,10 +25,7 @@ MARKS: tuple[tuple[str, str, str], ...] = (
     ("face_adapter.", "transformer", "Wan2.2 Animate-14B"),
     ("pose_patch_embedding.", "transformer", "Wan2.2 Animate-14B"),
     ("vace_blocks.", "transformer", "Wan2.1 VACE"),
-    ("img_emb.", "transformer", "Wan2.1 I2V-14B"),
     ("encoder.down_blocks.0.norm1.", "vae", "Wan2.1 VAE under Diffusers names"),
-    ("encoder.downsamples.0.residual.", "vae", "Wan2.1 VAE"),
-    ("visual.transformer.", "other", "CLIP image encoder"),
     ("wav2vec2.", "other", "wav2vec2 audio encoder"),
 )
 
@@ -34,11 +36,13 @@ ADAPTER_SIZES = (
 )
 
 # Starts of names that make a file a component of ours.
-KEYS = {
-    "transformer": ("patch_embedding.", "blocks.0.self_attn."),
-    "text_encoder": ("blocks.0.attn.", "blocks.0.ffn.gate."),
-    "vae": ("encoder.downsamples.0.downsamples.", "decoder.upsamples.0.upsamples."),
-}
+KEYS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("transformer", ("patch_embedding.", "blocks.0.self_attn.")),
+    ("text_encoder", ("blocks.0.attn.", "blocks.0.ffn.gate.")),
+    ("image_encoder", ("cls_embedding", "transformer.0.attn.to_qkv.")),
+    ("vae", ("encoder.downsamples.0.downsamples.", "decoder.upsamples.0.upsamples.")),
+    ("vae", ("encoder.downsamples.0.residual.", "decoder.upsamples.0.residual.")),
+)
 
 
 @dataclass(frozen=True)
@@ -46,14 +50,18 @@ class Identity:
     """What a file is.
 
     Attributes:
-        component: "transformer", "text_encoder", "vae", "lora", "other" or "unknown".
+        component: one of `COMPONENTS`, "lora", "other" or "unknown".
         model: its name for people, e.g. "Wan2.2 VAE" or "transformer of an unknown size".
         runs: whether it is of a kind that this package can use.
+        models: the names in `zoo.MODELS` that a released transformer may belong to.
+        family: of a VAE, "Wan2.1" or "Wan2.2".
     """
 
     component: str
     model: str
     runs: bool = False
+    models: tuple[str, ...] = ()
+    family: str | None = None
 
 
 def identify(shapes: Mapping[str, Shape]) -> Identity:
@@ -70,7 +78,7 @@ def identify(shapes: Mapping[str, Shape]) -> Identity:
     except CheckpointError:
         return Identity("unknown", "unknown")
     shapes = {renamed[name]: shape for name, shape in shapes.items()}
-    for component, keys in KEYS.items():
+    for component, keys in KEYS:
         if all(any(name.startswith(key) for name in shapes) for key in keys):
             return _release(component, shapes)
     return Identity("unknown", "unknown")
@@ -99,14 +107,16 @@ def _adapter(shapes: Mapping[str, Shape]) -> str:
 
 
 def _release(component: str, shapes: Mapping[str, Shape]) -> Identity:
+    family = vae_family(shapes) if component == "vae" else None
     try:
         fields = FIELDS[component](shapes)
     except CheckpointError:
-        return Identity(component, f"{LABELS[component]} with missing or odd tensors", runs=True)
+        return Identity(component, f"{LABELS[component]} with missing or odd tensors", runs=True, family=family)
     for release in RELEASES:
         if release.component == component and release.dims.items() <= fields.items():
-            return Identity(component, release.name, release.runs)
+            return Identity(component, release.name, True, release.models, family)
+    kinds = {"transformer": "Wan transformer", "text_encoder": "UMT5 encoder", "image_encoder": "CLIP image encoder"}
+    kind = kinds.get(component, f"{family}-type VAE")
     if component == "transformer" and fields["in_dim"] != fields["out_dim"]:
-        return Identity(component, "image-to-video transformer of the Wan2.1 kind, of an unreleased size")
-    kind = {"transformer": "Wan transformer", "text_encoder": "UMT5 encoder", "vae": "Wan2.2-type VAE"}
-    return Identity(component, f"{kind[component]} of an unreleased size", runs=True)
+        kind = "image-to-video transformer"
+    return Identity(component, f"{kind} of an unreleased size", runs=True, family=family)

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from mlx_wan.errors import CheckpointError, UserError
-from mlx_wan.weights.checkpoint import EMBEDDED, SINGLE_FILES, Layout
+from mlx_wan.weights.checkpoint import EMBEDDED, PARTS, SINGLE_FILES, Layout
 from mlx_wan.weights.files import INDEX_SUFFIX, TENSOR_SUFFIXES, read_index, read_metadata, read_tensors
 from mlx_wan.weights.identify import COMPONENTS, LABELS, Identity, identify
 from mlx_wan.weights.locate import layout_of
+from mlx_wan.weights.loose import NEEDED
 from mlx_wan.weights.tensors import TensorInfo
 
 # The part of a name that says where in the model a tensor sits: "blocks.7", "encoder.downsamples.2", "head".
@@ -28,8 +29,9 @@ def describe(path: str | Path) -> dict[str, Any]:
         path, model (what it is), use (the flag of `mlx-wan generate` it goes to, None if to none),
         layout (of a checkpoint folder, else None), quantization (None if there is none),
         total: {tensors, parameters, bytes},
-        components: name -> {model, tensors, parameters, bytes, dtypes: {dtype: bytes}, blocks: {block: {tensors,
-        parameters, bytes}}}, tensors: [{name, shape, dtype, bytes, file, component}],
+        components: name ("transformer_2": the second expert) -> {model, tensors, parameters, bytes,
+        dtypes: {dtype: bytes}, blocks: {block: {tensors, parameters, bytes}}},
+        tensors: [{name, shape, dtype, bytes, file, component}],
         problems: [one line for each file of a folder that is damaged or missing].
 
     Raises:
@@ -43,12 +45,13 @@ def describe(path: str | Path) -> dict[str, Any]:
     config = _config(path / "config.json", problems) if path.is_dir() else {}
     quantization = _quantization(config, groups)
     root = path if path.is_dir() else path.parent
+    layout = layout_of(path, config) if path.is_dir() else None
+    parts = [_part(identity, group, layout, root) for group, identity in zip(groups, identities, strict=True)]
     rows = [
-        _row(info, identity.component, group, root, quantization)
-        for group, identity in zip(groups, identities, strict=True)
+        _row(info, part, group, root, quantization)
+        for group, part in zip(groups, parts, strict=True)
         for info in group.values()
     ]
-    layout = layout_of(path, config) if path.is_dir() else None
     if layout is None and path.is_dir() and _whole(identities):
         layout = SINGLE_FILES
     return {
@@ -58,16 +61,16 @@ def describe(path: str | Path) -> dict[str, Any]:
         "layout": layout and layout.name,
         "quantization": quantization,
         "total": _sum(rows),
-        "components": _components(rows, identities),
+        "components": _components(rows, parts, identities),
         "tensors": [{key: value for key, value in row.items() if key != "parameters"} for row in rows],
         "problems": problems,
     }
 
 
 def _whole(identities: list[Identity]) -> bool:
-    """Whether there is exactly one of each component, of a kind that runs."""
-    found = sorted(identity.component for identity in identities if identity.component in COMPONENTS)
-    return found == sorted(COMPONENTS) and all(i.runs for i in identities if i.component in COMPONENTS)
+    """Whether there is exactly one of each part that every model has, of a kind that runs."""
+    found = sorted(identity.component for identity in identities if identity.component in NEEDED)
+    return found == sorted(NEEDED) and all(i.runs for i in identities if i.component in COMPONENTS)
 
 
 def _use(path: Path, layout: Layout | None, identities: list[Identity]) -> str | None:
@@ -202,9 +205,17 @@ def _sum(rows: list[dict[str, Any]]) -> dict[str, int]:
     }
 
 
-def _components(rows: list[dict[str, Any]], identities: list[Identity]) -> dict[str, Any]:
+def _part(identity: Identity, group: Mapping[str, TensorInfo], layout: Layout | None, root: Path) -> str:
+    """The component, or "transformer_2" for what the layout keeps in the second expert's place."""
+    file = next(iter(group.values())).file.relative_to(root).as_posix()
+    places = layout.files.get("transformer_2", ()) if layout else ()
+    second = any(file.startswith(name.removesuffix(".safetensors")) for name in places if name.endswith(".safetensors"))
+    return "transformer_2" if second and identity.component == "transformer" else identity.component
+
+
+def _components(rows: list[dict[str, Any]], parts: list[str], identities: list[Identity]) -> dict[str, Any]:
     summary = {}
-    for component in dict.fromkeys((*COMPONENTS, *(row["component"] for row in rows))):
+    for component in dict.fromkeys((*PARTS, *parts)):
         own = [row for row in rows if row["component"] == component]
         if not own:
             continue
@@ -214,7 +225,8 @@ def _components(rows: list[dict[str, Any]], identities: list[Identity]) -> dict[
             match = BLOCK.match(row["name"])
             blocks.setdefault(match[0] if match else row["name"], []).append(row)
             dtypes[row["dtype"]] = dtypes.get(row["dtype"], 0) + row["bytes"]
-        models = dict.fromkeys(identity.model for identity in identities if identity.component == component)
+        names = (identity.model for identity, part in zip(identities, parts, strict=True) if part == component)
+        models = dict.fromkeys(names)
         summary[component] = {
             "model": "; ".join(models),
             **_sum(own),

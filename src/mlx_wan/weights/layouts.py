@@ -157,7 +157,8 @@ DIFFUSERS_VAE = Dialect(
     ),
 )
 DIALECTS = (OFFICIAL, WAN22_MLX, DIFFUSERS_TRANSFORMER, HF_TEXT_ENCODER, DIFFUSERS_VAE)
-WRAPPERS = ("model.diffusion_model.", "diffusion_model.")  # what ComfyUI and trainers put before every name
+# What ComfyUI and trainers put before every name, and CLIP before those of its image half.
+WRAPPERS = ("model.diffusion_model.", "diffusion_model.", "visual.")
 
 
 @cache

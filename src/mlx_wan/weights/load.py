@@ -5,29 +5,32 @@ from typing import TypeVar
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_wan.models.autoencoder import WanVAE
+from mlx_wan.models.clip import ImageEncoder
 from mlx_wan.models.transformer import WanTransformer
 from mlx_wan.models.umt5 import UMT5Encoder
-from mlx_wan.models.vae22 import WanVAE22
 from mlx_wan.weights.checkpoint import Checkpoint
-from mlx_wan.weights.fit import fit_tensors
+from mlx_wan.weights.fit import fit_tensors, make_vae
 from mlx_wan.weights.locate import locate
 
-__all__ = ["Checkpoint", "load_text_encoder", "load_transformer", "load_vae", "locate"]
+__all__ = ["Checkpoint", "load_image_encoder", "load_text_encoder", "load_transformer", "load_vae", "locate"]
 
 Module = TypeVar("Module", bound=nn.Module)
 
 
-def load_transformer(checkpoint: Checkpoint, dtype: mx.Dtype, weights: mx.Dtype | None = None) -> WanTransformer:
+def load_transformer(
+    checkpoint: Checkpoint, dtype: mx.Dtype, part: str = "transformer", weights: mx.Dtype | None = None
+) -> WanTransformer:
     """The transformer, evaluated; it computes in `dtype`, what `FLOAT32_PARAMETERS` names in float32.
 
     Args:
+        part: "transformer", or "transformer_2", the low-noise expert of two.
         weights: type of the matrices, for training that keeps more digits than it computes with; None: `dtype`.
 
     Raises:
         CheckpointError: the file changed since `locate`.
     """
-    module = WanTransformer(checkpoint.transformer_config, dtype)
-    return _fill(checkpoint, "transformer", module, weights or dtype)
+    return _fill(checkpoint, part, WanTransformer(checkpoint.transformer_config, dtype), weights or dtype)
 
 
 def load_text_encoder(checkpoint: Checkpoint, dtype: mx.Dtype) -> UMT5Encoder:
@@ -35,14 +38,20 @@ def load_text_encoder(checkpoint: Checkpoint, dtype: mx.Dtype) -> UMT5Encoder:
     return _fill(checkpoint, "text_encoder", UMT5Encoder(checkpoint.text_encoder_config), dtype)
 
 
-def load_vae(checkpoint: Checkpoint) -> WanVAE22:
+def load_image_encoder(checkpoint: Checkpoint, dtype: mx.Dtype) -> ImageEncoder:
+    """The image encoder of a model that has one, evaluated, all of it in `dtype`. Raises as `load_transformer`."""
+    assert checkpoint.image_encoder_config is not None
+    return _fill(checkpoint, "image_encoder", ImageEncoder(checkpoint.image_encoder_config), dtype)
+
+
+def load_vae(checkpoint: Checkpoint) -> WanVAE:
     """The VAE, evaluated, in float32. Raises as `load_transformer`."""
-    return _fill(checkpoint, "vae", WanVAE22(checkpoint.vae_config), mx.float32)
+    return _fill(checkpoint, "vae", make_vae(checkpoint), mx.float32)
 
 
-def _fill(checkpoint: Checkpoint, component: str, module: Module, dtype: mx.Dtype) -> Module:
+def _fill(checkpoint: Checkpoint, part: str, module: Module, dtype: mx.Dtype) -> Module:
     weights = []
-    for info in fit_tensors(checkpoint, component, module, dtype):
+    for info in fit_tensors(checkpoint, part, module, dtype):
         array = info.load()
         mx.eval(array)  # one by one: the peak stays one tensor above the final size
         weights.append((info.name, array))

@@ -17,7 +17,7 @@ from mlx_wan.errors import CheckpointError, UserError
 from mlx_wan.weights.tensors import TensorInfo
 
 QUANTIZED = {
-    "transformer": re.compile(r"blocks\.\d+\.((self_attn|cross_attn)\.[qkvo]|ffn\.[02])"),
+    "transformer": re.compile(r"blocks\.\d+\.((self_attn|cross_attn)\.[qkvo]|cross_attn\.[kv]_img|ffn\.[02])"),
     "text_encoder": re.compile(r"blocks\.\d+\.(attn\.[qkvo]|ffn\.(gate\.0|fc1|fc2))"),
 }
 BITS = (4, 8)

@@ -1,4 +1,4 @@
-"""Writes the native layout: config.json, three sets of safetensors and tokenizer.json in one folder.
+"""Writes the native layout: config.json, a set of safetensors for each part and tokenizer.json in one folder.
 
 Tensors pass one at a time from where they come from to the file, so that a model larger than memory can be written.
 Files appear under their names only when they are complete, and config.json last of all: a folder without it is
@@ -20,9 +20,12 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_wan.errors import WanError
+from mlx_wan.models.clip import ImageEncoderConfig
 from mlx_wan.models.transformer import TransformerConfig, WanTransformer
 from mlx_wan.models.umt5 import TextEncoderConfig, UMT5Encoder
+from mlx_wan.models.vae21 import VAE21Config, WanVAE21
 from mlx_wan.models.vae22 import VAEConfig, WanVAE22
+from mlx_wan.weights.checkpoint import PARTS
 from mlx_wan.weights.files import INDEX_SUFFIX, SAFETENSORS_DTYPES
 from mlx_wan.weights.quantize import Quantization
 from mlx_wan.weights.tensors import DTYPES, TensorInfo, dtype_name
@@ -39,9 +42,11 @@ def save_native(
     model: str,
     transformer: WanTransformer,
     text_encoder: UMT5Encoder,
-    vae: WanVAE22,
+    vae: WanVAE22 | WanVAE21,
     tokenizer_json: str | Path,
     sampling: Mapping[str, Any],
+    transformer_2: WanTransformer | None = None,
+    boundary: float | None = None,
     dtype: mx.Dtype | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
@@ -51,16 +56,23 @@ def save_native(
         model: a name from `zoo.MODELS`, or any other for a model of one's own.
         tokenizer_json: the tokenizer as text, or the Path of its file.
         sampling: how to sample it by default: values for keys of `zoo.SAMPLING_TYPES`.
+        transformer_2, boundary: the low-noise expert of a model that has two, and from which share of the timesteps on
+            `transformer`, the high-noise one, works; both or neither.
         dtype: that floats are stored in; None keeps each parameter's own.
         max_shard_bytes: a component larger than this is split into several files with an index.
     """
+    if (transformer_2 is None) != (boundary is None):
+        raise ValueError("transformer_2 and boundary belong together")
     modules: dict[str, nn.Module] = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae}
+    if transformer_2 is not None:
+        modules["transformer_2"] = transformer_2
     config = native_config(
         model,
         transformer=transformer.config,
         text_encoder=text_encoder.config,
         vae=vae.config,
         sampling=sampling,
+        boundary=boundary,
     )
     parts = {name: module_tensors(module, dtype) for name, module in modules.items()}
     write_native(Path(folder), parts, tokenizer_json, config, max_shard_bytes)
@@ -71,8 +83,10 @@ def native_config(
     *,
     transformer: TransformerConfig,
     text_encoder: TextEncoderConfig,
-    vae: VAEConfig,
+    vae: VAEConfig | VAE21Config,
     sampling: Mapping[str, Any],
+    boundary: float | None = None,
+    image_encoder: ImageEncoderConfig | None = None,
     quantization: Quantization | None = None,
 ) -> dict[str, Any]:
     """The config.json of the native layout: the official transformer fields, and the rest under "mlx_wan"."""
@@ -81,13 +95,16 @@ def native_config(
     extra = {
         "format": FORMAT,
         "model": model,
+        **({} if boundary is None else {"boundary": boundary}),
         "vae": asdict(vae),
         "text_encoder": asdict(text_encoder),
+        **({} if image_encoder is None else {"image_encoder": asdict(image_encoder)}),
         "sampling": dict(sampling),
     }
     if quantization is not None:
         extra["quantization"] = asdict(quantization)
-    return {"_class_name": "WanModel", **asdict(transformer), "mlx_wan": extra}
+    fields = {name: value for name, value in asdict(transformer).items() if not name.startswith("image_")}
+    return {"_class_name": "WanModel", **fields, "mlx_wan": extra}
 
 
 def write_native(
@@ -97,7 +114,7 @@ def write_native(
     config: Mapping[str, Any],
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """`save_native` for tensors that need not be in memory: component name -> tensors as its module takes them."""
+    """`save_native` for tensors that need not be in memory: part -> tensors as its module takes them."""
     folder.mkdir(parents=True, exist_ok=True)
     config_file = folder / "config.json"
     config_file.unlink(missing_ok=True)
@@ -125,7 +142,7 @@ def _write(path: Path, data: bytes) -> None:
 
 def remove_tensors(folder: Path) -> None:
     """Deletes the tensor files of a native model, and nothing else, from `folder`."""
-    for stem in ("transformer", "text_encoder", "vae"):
+    for stem in PARTS:
         for pattern in (f"{stem}.safetensors", f"{stem}-?????-of-?????.safetensors", f"{stem}{INDEX_SUFFIX}"):
             for file in folder.glob(pattern):
                 file.unlink()

@@ -41,6 +41,23 @@ def transformer_fields(shapes: Shapes, patch_size: Shape = PATCH_SIZE) -> dict[s
         "num_layers": count(shapes, "blocks."),
         "qk_norm": "blocks.0.self_attn.norm_q.weight" in shapes,
         "cross_attn_norm": "blocks.0.norm3.weight" in shapes,
+        "image_dim": _shape(shapes, "img_emb.proj.1.weight", 2)[1] if _any(shapes, "img_emb.") else 0,
+        "image_positions": _shape(shapes, "img_emb.emb_pos", 3)[1] if "img_emb.emb_pos" in shapes else 0,
+    }
+
+
+def image_encoder_fields(shapes: Shapes) -> dict[str, Any]:
+    """The fields of an ImageEncoderConfig but for its heads. Raises CheckpointError as `transformer_fields`."""
+    patch = _shape(shapes, "patch_embedding.weight", 4)
+    patch_size = patch[2]  # (O, I, p, p) or (O, p, p, I)
+    patches = _shape(shapes, "pos_embedding", 3)[1] - 1
+    return {
+        "image_size": math.isqrt(patches) * patch_size,
+        "patch_size": patch_size,
+        "dim": patch[0],
+        "ffn_dim": _shape(shapes, "transformer.0.mlp.0.weight", 2)[0],
+        "out_dim": _shape(shapes, "head", 2)[1],
+        "num_layers": count(shapes, "transformer."),
     }
 
 
@@ -60,7 +77,16 @@ def text_encoder_fields(shapes: Shapes) -> dict[str, Any]:
 
 
 def vae_fields(shapes: Shapes) -> dict[str, Any]:
-    """The fields of a VAEConfig but for its statistics. Raises CheckpointError as `transformer_fields`."""
+    """The fields of a VAEConfig, or of a VAE21Config, but for its statistics. Raises as `transformer_fields`."""
+    return _vae22_fields(shapes) if vae_family(shapes) == "Wan2.2" else _vae21_fields(shapes)
+
+
+def vae_family(shapes: Shapes) -> str:
+    """ "Wan2.2", whose stages are lists within a list, or "Wan2.1", where they are one flat list."""
+    return "Wan2.2" if _any(shapes, "encoder.downsamples.0.downsamples.") else "Wan2.1"
+
+
+def _vae22_fields(shapes: Shapes) -> dict[str, Any]:
     (dim,) = _shape(shapes, "encoder.conv1.bias", 1)
     stages = count(shapes, "encoder.downsamples.")
     last = f"encoder.downsamples.{stages - 1}.downsamples."
@@ -82,7 +108,27 @@ def vae_fields(shapes: Shapes) -> dict[str, Any]:
     }
 
 
-FIELDS = {"transformer": transformer_fields, "text_encoder": text_encoder_fields, "vae": vae_fields}
+def _vae21_fields(shapes: Shapes) -> dict[str, Any]:
+    (dim,) = _shape(shapes, "encoder.conv1.bias", 1)
+    layers = count(shapes, "encoder.downsamples.")
+    # A stage ends with the layer that resamples; the last has none.
+    ends = [i for i in range(layers) if f"encoder.downsamples.{i}.resample.1.weight" in shapes]
+    starts = [0, *(i + 1 for i in ends)]
+    return {
+        "dim": dim,
+        "z_dim": _quotient(shapes, "conv1.bias", 2),
+        "dim_mult": tuple(_quotient(shapes, f"encoder.downsamples.{i}.residual.2.bias", dim) for i in starts),
+        "num_res_blocks": layers - starts[-1],
+        "temporal_downsample": tuple(f"encoder.downsamples.{i}.time_conv.weight" in shapes for i in ends),
+    }
+
+
+FIELDS = {
+    "transformer": transformer_fields,
+    "text_encoder": text_encoder_fields,
+    "image_encoder": image_encoder_fields,
+    "vae": vae_fields,
+}
 
 
 def count(shapes: Shapes, prefix: str) -> int:
@@ -97,6 +143,10 @@ def count(shapes: Shapes, prefix: str) -> int:
         gap = min(set(range(len(numbers) + 1)) - numbers)
         raise CheckpointError(f"missing tensors {prefix}{gap}.*")
     return len(numbers)
+
+
+def _any(shapes: Shapes, prefix: str) -> bool:
+    return any(name.startswith(prefix) for name in shapes)
 
 
 def _shape(shapes: Shapes, name: str, ndim: int) -> Shape:

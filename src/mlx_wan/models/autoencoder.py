@@ -1,0 +1,374 @@
+"""What the Wan2.1 and the Wan2.2 video autoencoder have in common: all but the order of their stages.
+
+Every convolution over time is causal, so a clip can pass in pieces, each layer keeping the last frames it saw in a
+`FeatureCache`. The first frame of a clip stands alone: it is neither merged nor doubled in time, which is why a clip
+has 4n + 1 frames. A piece may be of any length that the strides divide, so a whole clip at once (training) and one
+latent frame at a time (generation) run the same code. Tensors are channels last, parameter names the official ones.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Protocol
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .layers import SiLU, run_layers
+
+
+class AutoencoderConfig(Protocol):
+    """What both configurations tell; see `vae22.VAEConfig`."""
+
+    @property
+    def dim(self) -> int: ...
+    @property
+    def dec_dim(self) -> int: ...
+    @property
+    def z_dim(self) -> int: ...
+    @property
+    def dim_mult(self) -> tuple[int, ...]: ...
+    @property
+    def num_res_blocks(self) -> int: ...
+    @property
+    def temporal_downsample(self) -> tuple[bool, ...]: ...
+    @property
+    def patch_size(self) -> int: ...
+    @property
+    def latents_mean(self) -> tuple[float, ...]: ...
+    @property
+    def latents_std(self) -> tuple[float, ...]: ...
+    @property
+    def stride(self) -> tuple[int, int, int]:
+        """Frames, rows and columns of video for one latent."""
+        ...
+
+
+def stride(config: AutoencoderConfig) -> tuple[int, int, int]:
+    """Frames, rows and columns of video for one latent, of any configuration."""
+    space = config.patch_size * 2 ** (len(config.dim_mult) - 1)
+    return 2 ** sum(config.temporal_downsample), space, space
+
+
+def encoder_widths(config: AutoencoderConfig) -> list[int]:
+    """Channels before the first stage of the encoder and after each."""
+    return [config.dim * m for m in (1, *config.dim_mult)]
+
+
+def decoder_widths(config: AutoencoderConfig) -> list[int]:
+    """Channels before the first stage of the decoder and of each one's residual blocks."""
+    return [config.dec_dim * m for m in (config.dim_mult[-1], *reversed(config.dim_mult))]
+
+
+class FeatureCache:
+    """What the causal layers remember between pieces of one clip.
+
+    `first` is true while the piece that holds the clip's first frame passes.
+    """
+
+    def __init__(self) -> None:
+        self.first = True
+        self._frames: dict[int, mx.array] = {}
+
+    def recall(self, layer: nn.Module) -> mx.array | None:
+        """The frames `layer` kept from the piece before; None at the first."""
+        return self._frames.get(id(layer))
+
+    def keep(self, layer: nn.Module, frames: mx.array) -> None:
+        """Keeps `frames` for `layer`, as a copy: a view would hold the whole array it is cut from."""
+        self._frames[id(layer)] = mx.contiguous(frames)
+
+    def arrays(self) -> list[mx.array]:
+        """All stored frames, for mx.eval."""
+        return list(self._frames.values())
+
+
+class Cached(nn.Module):
+    """A layer that is called with the clip's cache."""
+
+
+class RMSNorm(nn.Module):
+    """Scales each pixel's channels to unit root mean square."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.gamma = mx.ones((dim,))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        # The reference guards only against a length of 0, by max(length, 1e-12): eps must vanish beside all others.
+        return mx.fast.rms_norm(x, self.gamma, 1e-24)
+
+
+class CausalConv3d(Cached):
+    """3-D convolution that sees the current frame and those before it; same size in space."""
+
+    def __init__(self, in_dim: int, out_dim: int, kernel: tuple[int, int, int], stride_t: int = 1):
+        super().__init__()
+        bound = (in_dim * kernel[0] * kernel[1] * kernel[2]) ** -0.5
+        self.stride_t = stride_t
+        self.weight = mx.random.uniform(-bound, bound, (out_dim, *kernel, in_dim))
+        self.bias = mx.random.uniform(-bound, bound, (out_dim,))
+
+    def __call__(self, x: mx.array, cache: FeatureCache) -> mx.array:
+        # x: (B, T, H, W, C). Frames before the clip are zeros.
+        memory = self.weight.shape[1] - 1
+        if memory:
+            b, _, h, w, c = x.shape
+            before = cache.recall(self)
+            x = mx.concatenate([mx.zeros((b, memory, h, w, c), x.dtype) if before is None else before, x], axis=1)
+            cache.keep(self, x[:, -memory:])
+        return self.convolve(x)
+
+    def convolve(self, x: mx.array) -> mx.array:
+        """The convolution alone, over frames the caller has put in front."""
+        _, _, kh, kw, _ = self.weight.shape
+        return mx.conv3d(x, self.weight, stride=(self.stride_t, 1, 1), padding=(0, kh // 2, kw // 2)) + self.bias
+
+
+class Conv2d(nn.Conv2d):
+    """2-D convolution of every frame of (B, T, H, W, C)."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        frames = super().__call__(x.reshape(-1, *x.shape[2:]))
+        return frames.reshape(*x.shape[:2], *frames.shape[1:])
+
+
+class ResidualBlock(Cached):
+    def __init__(self, in_dim: int, out_dim: int):
+        super().__init__()
+        self.residual = [
+            RMSNorm(in_dim),
+            SiLU(),
+            CausalConv3d(in_dim, out_dim, (3, 3, 3)),
+            RMSNorm(out_dim),
+            SiLU(),
+            nn.Identity(),  # the official dropout, which keeps the numbering
+            CausalConv3d(out_dim, out_dim, (3, 3, 3)),
+        ]
+        self.shortcut = CausalConv3d(in_dim, out_dim, (1, 1, 1)) if in_dim != out_dim else nn.Identity()
+
+    def __call__(self, x: mx.array, cache: FeatureCache) -> mx.array:
+        shortcut = self.shortcut
+        h = shortcut(x, cache) if isinstance(shortcut, CausalConv3d) else x
+        return h + run_cached(self.residual, x, cache)
+
+
+class AttentionBlock(Cached):
+    """Single-head self-attention among the pixels of each frame."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.norm = RMSNorm(dim)
+        self.to_qkv = Conv2d(dim, 3 * dim, 1)
+        self.proj = Conv2d(dim, dim, 1)
+
+    def __call__(self, x: mx.array, cache: FeatureCache) -> mx.array:
+        b, t, h, w, c = x.shape
+        q, k, v = mx.split(self.to_qkv(self.norm(x)).reshape(b * t, 1, h * w, 3 * c), 3, axis=-1)
+        out = mx.fast.scaled_dot_product_attention(q, k, v, scale=c**-0.5)
+        return x + self.proj(out.reshape(x.shape))
+
+
+def run_cached(layers: list[nn.Module], x: mx.array, cache: FeatureCache) -> mx.array:
+    """`run_layers` for lists in which some layers keep frames in the cache."""
+    for layer in layers:
+        x = layer(x, cache) if isinstance(layer, Cached) else layer(x)
+    return x
+
+
+class Downsample(Cached):
+    """Halves space by a strided convolution and, if asked, time by another; the clip's first frame stays single."""
+
+    def __init__(self, dim: int, temporal: bool):
+        super().__init__()
+        self.resample = [nn.Identity(), Conv2d(dim, dim, 3, stride=2)]
+        if temporal:
+            self.time_conv = CausalConv3d(dim, dim, (3, 1, 1), stride_t=2)
+
+    def __call__(self, x: mx.array, cache: FeatureCache) -> mx.array:
+        # Only the right and lower edge are padded: the kernel starts on the pixel it halves.
+        x = run_layers(self.resample, mx.pad(x, [(0, 0), (0, 0), (0, 1), (0, 1), (0, 0)]))
+        if "time_conv" not in self:
+            return x
+        before = cache.recall(self)
+        cache.keep(self, x[:, -1:])
+        if before is not None:
+            return self.time_conv.convolve(mx.concatenate([before, x], axis=1))
+        if x.shape[1] == 1:
+            return x
+        return mx.concatenate([x[:, :1], self.time_conv.convolve(x)], axis=1)
+
+
+class Upsample(Cached):
+    """Doubles time, if asked, by a convolution that makes two frames of one, and space by repetition and a convolution.
+
+    The clip's first frame stays single and takes no part in the convolution over time.
+    """
+
+    def __init__(self, dim: int, out_dim: int, temporal: bool):
+        super().__init__()
+        self.resample = [nn.Identity(), Conv2d(dim, out_dim, 3, padding=1)]
+        if temporal:
+            self.time_conv = CausalConv3d(dim, 2 * dim, (3, 1, 1))
+
+    def __call__(self, x: mx.array, cache: FeatureCache) -> mx.array:
+        if "time_conv" in self:
+            single, rest = (x[:, :1], x[:, 1:]) if cache.first else (x[:, :0], x)
+            if rest.shape[1]:
+                b, t, h, w, c = rest.shape
+                pairs = self.time_conv(rest, cache).reshape(b, t, h, w, 2, c)
+                rest = pairs.transpose(0, 1, 4, 2, 3, 5).reshape(b, 2 * t, h, w, c)
+            x = mx.concatenate([single, rest], axis=1)
+        b, t, h, w, c = x.shape
+        x = mx.broadcast_to(x[:, :, :, None, :, None], (b, t, h, 2, w, 2, c)).reshape(b, t, 2 * h, 2 * w, c)
+        return run_layers(self.resample, x)
+
+
+def middle(dim: int) -> list[nn.Module]:
+    """The narrowest part of encoder and decoder."""
+    return [ResidualBlock(dim, dim), AttentionBlock(dim), ResidualBlock(dim, dim)]
+
+
+class Encoder(nn.Module):
+    """Pixels to mean and log-variance. `stages` are made after the first convolution, as their order in the official
+    code is."""
+
+    def __init__(self, config: AutoencoderConfig, stages: Iterable[nn.Module]):
+        super().__init__()
+        first, *_, last = encoder_widths(config)
+        self.conv1 = CausalConv3d(3 * config.patch_size**2, first, (3, 3, 3))
+        self.downsamples = list(stages)
+        self.middle = middle(last)
+        self.head = [RMSNorm(last), SiLU(), CausalConv3d(last, 2 * config.z_dim, (3, 3, 3))]
+
+    def __call__(self, x: mx.array, cache: FeatureCache) -> mx.array:
+        x = run_cached(self.downsamples, self.conv1(x, cache), cache)
+        return run_cached(self.head, run_cached(self.middle, x, cache), cache)
+
+
+class Decoder(nn.Module):
+    """Latents to pixels; `stages` as in `Encoder`."""
+
+    def __init__(self, config: AutoencoderConfig, stages: Iterable[nn.Module]):
+        super().__init__()
+        first, *_, last = decoder_widths(config)
+        self.conv1 = CausalConv3d(config.z_dim, first, (3, 3, 3))
+        self.middle = middle(first)
+        self.upsamples = list(stages)
+        self.head = [RMSNorm(last), SiLU(), CausalConv3d(last, 3 * config.patch_size**2, (3, 3, 3))]
+
+    def __call__(self, x: mx.array, cache: FeatureCache) -> mx.array:
+        x = run_cached(self.middle, self.conv1(x, cache), cache)
+        return run_cached(self.head, run_cached(self.upsamples, x, cache), cache)
+
+
+def fold_pixels(video: mx.array, p: int) -> mx.array:
+    """(B, T, H, W, 3) -> (B, T, H/p, W/p, 3p²); of the new channels colour varies slowest, then column, then row."""
+    b, t, h, w, c = video.shape
+    x = video.reshape(b, t, h // p, p, w // p, p, c).transpose(0, 1, 2, 4, 6, 5, 3)
+    return x.reshape(b, t, h // p, w // p, c * p * p)
+
+
+def unfold_pixels(x: mx.array, p: int) -> mx.array:
+    """The way back of `fold_pixels`."""
+    b, t, h, w, c = x.shape
+    x = x.reshape(b, t, h, w, c // (p * p), p, p).transpose(0, 1, 2, 6, 3, 5, 4)
+    return x.reshape(b, t, h * p, w * p, c // (p * p))
+
+
+def _floats(array: mx.array, what: str, channels: int) -> mx.array:
+    """`array` (NumPy's too) as MLX has it, found to be (B, T, H, W, channels) of floats.
+
+    Whole numbers are refused because pixels of 0 to 255 would pass for a video in [-1, 1].
+    """
+    array = array if isinstance(array, mx.array) else mx.array(array)
+    if array.ndim != 5 or array.shape[-1] != channels or not mx.issubdtype(array.dtype, mx.floating):
+        dtype = str(array.dtype).removeprefix("mlx.core.")
+        raise ValueError(f"{what} must be floats (B, T, H, W, {channels}), not {dtype} {tuple(array.shape)}")
+    return array
+
+
+class WanVAE(nn.Module):
+    """An autoencoder. `encode` and `decode` work on normalised latents, as the transformer does.
+
+    Args:
+        down, up: the stages of encoder and decoder.
+    """
+
+    def __init__(self, config: AutoencoderConfig, down: Iterable[nn.Module], up: Iterable[nn.Module]):
+        super().__init__()
+        self.encoder = Encoder(config, down)
+        self.conv1 = CausalConv3d(2 * config.z_dim, 2 * config.z_dim, (1, 1, 1))
+        self.conv2 = CausalConv3d(config.z_dim, config.z_dim, (1, 1, 1))
+        self.decoder = Decoder(config, up)
+        self.config = config
+
+    def init_weights(self) -> None:
+        """For training from scratch: latents begin almost without noise, at a log-variance near −6.
+
+        At a variance of one, where random weights would start, there is little to learn from.
+        """
+        z_dim = self.config.z_dim
+        self.conv1.bias = mx.concatenate([mx.zeros((z_dim,)), mx.full((z_dim,), -6.0)])
+
+    def moments(self, piece: mx.array, cache: FeatureCache) -> tuple[mx.array, mx.array]:
+        """Mean and log-variance, each (B, t, h, w, z_dim) and not normalised, of a piece (B, T, H, W, 3) of video.
+
+        T is 4n + 1 for the first piece of a clip and 4n for the others.
+        """
+        out = self.conv1(self.encoder(fold_pixels(piece, self.config.patch_size), cache), cache)
+        cache.first = False
+        mean, log_variance = mx.split(out, 2, axis=-1)
+        return mean, log_variance
+
+    def pixels(self, latents: mx.array, cache: FeatureCache) -> mx.array:
+        """A piece of video, not clipped, from a piece (B, t, h, w, z_dim) of latents that are not normalised."""
+        out = self.decoder(self.conv2(latents, cache), cache)
+        cache.first = False
+        return unfold_pixels(out, self.config.patch_size)
+
+    def normalise(self, mean: mx.array) -> mx.array:
+        """Latents as the transformer sees them."""
+        return (mean - mx.array(self.config.latents_mean)) / mx.array(self.config.latents_std)
+
+    def denormalise(self, latents: mx.array) -> mx.array:
+        """Latents as the decoder sees them."""
+        return latents * mx.array(self.config.latents_std) + mx.array(self.config.latents_mean)
+
+    def stream_encode(self, video: mx.array) -> Iterator[mx.array]:
+        """Normalised latents, one frame (B, 1, h, w, z_dim) at a time, of a video as in `encode`.
+
+        Raises ValueError for a shape that the strides do not divide, or for whole numbers.
+        """
+        video = _floats(video, "video", 3)
+        stride_t, stride_h, stride_w = self.config.stride
+        frames, height, width = video.shape[1:4]
+        if frames % stride_t != 1 or height % stride_h or width % stride_w:
+            raise ValueError(
+                f"video of {frames} frames, {width}×{height}: frames must be {stride_t}n+1, "
+                f"width divisible by {stride_w} and height by {stride_h}"
+            )
+        cache = FeatureCache()
+        for end in range(1, frames + 1, stride_t):
+            mean, _ = self.moments(video[:, max(0, end - stride_t) : end], cache)
+            latents = self.normalise(mean)
+            mx.eval(latents, cache.arrays())
+            yield latents
+
+    def stream_decode(self, latents: mx.array) -> Iterator[mx.array]:
+        """Video in pieces of 1, 4, 4, … frames (B, ·, H, W, 3) in [-1, 1], each evaluated; memory stays constant.
+
+        Raises ValueError for latents of another shape than in `decode`.
+        """
+        latents = _floats(latents, "latents", self.config.z_dim)
+        cache = FeatureCache()
+        for i in range(latents.shape[1]):
+            piece = mx.clip(self.pixels(self.denormalise(latents[:, i : i + 1]), cache), -1, 1)
+            mx.eval(piece, cache.arrays())
+            yield piece
+
+    def encode(self, video: mx.array) -> mx.array:
+        """Normalised latent mean (B, t, h, w, z_dim) of a video (B, T, H, W, 3) in [-1, 1]; T = 4n + 1."""
+        return mx.concatenate(list(self.stream_encode(video)), axis=1)
+
+    def decode(self, latents: mx.array) -> mx.array:
+        """Video (B, T, H, W, 3) in [-1, 1] of normalised latents (B, t, h, w, z_dim); T = 4 (t − 1) + 1."""
+        return mx.concatenate(list(self.stream_decode(latents)), axis=1)
