@@ -37,8 +37,7 @@ class BatchedMuon(optim.Muon):
         return (1 - momentum) * gradient + momentum * state["v"] if self.nesterov else state["v"]
 
     def apply_gradients(self, gradients: dict[str, Any], parameters: dict[str, Any]) -> dict[str, Any]:
-        directions = tree_flatten(super().apply_gradients(gradients, parameters))
-        weights = dict(tree_flatten(parameters))
+        directions, weights = _flat(super().apply_gradients(gradients, parameters)), dict(_flat(parameters))
         alike: dict[tuple[int, ...], list[tuple[str, mx.array]]] = defaultdict(list)
         for name, direction in directions:
             matrix = direction.reshape(direction.shape[0], -1)
@@ -52,6 +51,10 @@ class BatchedMuon(optim.Muon):
                 step = rate * (result if rows <= columns else result.T)
                 moved[name] = weights[name] - step.reshape(weights[name].shape)
         return tree_unflatten([(name, moved[name]) for name, _ in directions])  # type: ignore[return-value]
+
+
+def _flat(tree: dict[str, Any]) -> list[tuple[str, mx.array]]:
+    return tree_flatten(tree)  # type: ignore[return-value]
 
 
 def _last_ratio(weight: mx.array) -> float:
