@@ -20,6 +20,7 @@ from mlx_wan.weights.convert import convert
 from mlx_wan.weights.files import read_tensors
 from mlx_wan.weights.gguf import SHAPE_KEY
 from mlx_wan.weights.inspect import describe
+from mlx_wan.weights.layouts import MLX_VIDEO_TEXT_ENCODER, MLX_VIDEO_TRANSFORMER, MLX_VIDEO_VAE
 from mlx_wan.weights.load import load_text_encoder, load_transformer, load_vae, locate
 from mlx_wan.weights.save import array_tensor, write_safetensors
 from mlx_wan.weights.spiece import tokenizer_json
@@ -266,6 +267,38 @@ def test_two_experts_are_told_apart_by_flags(tmp_path):
     for part, want in (("transformer", weights["transformer"]), ("transformer_2", low)):
         got = parameters(load_transformer(checkpoint, mx.float32, part))
         assert all(np.array_equal(np.array(got[name]), cases.native(name, array)) for name, array in want.items())
+
+
+MLX_VIDEO = {
+    "transformer": ("model", MLX_VIDEO_TRANSFORMER),
+    "text_encoder": ("t5_encoder", MLX_VIDEO_TEXT_ENCODER),
+    "vae": ("vae", MLX_VIDEO_VAE),
+}
+
+
+def test_mlx_videos_conversion(tmp_path):
+    """As its convert.py writes it: convolutions channels last, norms flat, the patch embedding a matrix."""
+    folder = tmp_path / "mlx-video"
+    folder.mkdir()
+    for part, (stem, dialect) in MLX_VIDEO.items():
+        weights = {}
+        for name, array in checkpoints.official(part).items():
+            flat = array.reshape(len(array), -1) if name == "patch_embedding.weight" else None
+            weights[dialect.from_official(name)] = cases.native(name, array) if flat is None else flat
+        assert len(weights) == len(checkpoints.official(part))
+        write_plain(folder / f"{stem}.safetensors", weights)
+    config = {"model_type": "ti2v", "dim": 96, "num_heads": 3, "vae_z_dim": 48, "sample_guide_scale": 5.0}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="give one with --tokenizer"):
+        locate(folder)
+    checkpoint = locate(folder, tokenizer=cases.GOLDEN / "tokenizer.json")
+    for part, load in (
+        ("transformer", lambda c: load_transformer(c, mx.float32)),
+        ("text_encoder", lambda c: load_text_encoder(c, mx.float32)),
+        ("vae", load_vae),
+    ):
+        got = parameters(load(checkpoint))
+        assert all(mx.array_equal(got[name], array) for name, array in checkpoints.native(part).items())
 
 
 # --- inspect -------------------------------------------------------------------------------------------------
