@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 SUMMARY = "make a video from a prompt, or from a prompt and a picture"
 TASKS = tuple(name for name, spec in MODELS.items() if spec.hub_id)
 OTHER_TASKS = ("animate-14B", "s2v-14B")
+FILES = settings.PARTS
 SOLVERS = ("unipc", "dpm++", "euler")
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 LARGEST_SEED = 2**63 - 1
@@ -85,6 +86,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     model.add_argument(
         "--ckpt_dir", "--model", metavar="DIR", help="model folder or Hub id (default: the small embedded model)"
     )
+    for part in FILES:
+        model.add_argument(f"--{part}", metavar="FILE", help=f"a {part.replace('_', ' ')} in place of the folder's own")
     model.add_argument("--dtype", choices=tuple(DTYPE_BYTES), help="of weights and products (default: by device)")
     add_lora_flags(model)
     model.add_argument("--fuse", action="store_true", help="add the LoRAs to the weights instead of beside them")
@@ -208,10 +211,15 @@ def _jobs(args: argparse.Namespace, name: str, taken: set[Path]) -> list[Job]:
         check_output(wanted, args.codec)
     if args.preview is not None and not Path(args.preview).is_dir():
         raise UserError(f"--preview {args.preview}: no such folder; create it first")
-    checkpoint = locate(args.ckpt_dir or "tiny")
+    files = {part: getattr(args, part) for part in FILES}
+    alone = not args.ckpt_dir and not any(files.values())
+    checkpoint = locate("tiny" if alone else args.ckpt_dir, **files)
     _check_task(args.task, checkpoint)
+    fitting = checkpoint.transformer.identity.models
+    if checkpoint.layout.name == "single files" and len(fitting) > 1 and args.task is None:
+        _note(f"the transformer fits {' and '.join(fitting)}: taken as {checkpoint.kind}; --task says which it must be")
     checkpoint.spec.check_pictures(image is not None, last is not None)
-    if not args.ckpt_dir and not args.replay:
+    if alone and not args.replay:
         _note("no --ckpt_dir: the small embedded model draws this (coloured shapes that move)")
     settings.compare(args, checkpoint)
     seeds = args.base_seed or [-1]
@@ -246,7 +254,8 @@ class Pipelines:
 
     def get(self, args: argparse.Namespace, checkpoint: "Checkpoint") -> "WanPipeline":
         """The pipeline for these flags, with its weights unless memory is short."""
-        key = (checkpoint.folder, args.dtype, args.keep_both_experts, args.fuse, *parse_loras(args))
+        files = [getattr(args, part) for part in FILES]
+        key = (args.ckpt_dir, *files, args.task, args.dtype, args.keep_both_experts, args.fuse, *parse_loras(args))
         if self._pipe is None or key != self._key:
             self._pipe = None  # the old one leaves before the new one comes
             self._key, self._pipe = key, _load(args, checkpoint)
@@ -281,7 +290,7 @@ def _load(args: argparse.Namespace, checkpoint: "Checkpoint") -> "WanPipeline":
     mx.clear_cache()
     dtype = getattr(mx, args.dtype) if args.dtype else None
     both = args.keep_both_experts
-    pipe = mlx_wan.WanPipeline.from_pretrained(checkpoint.folder, dtype=dtype, keep_both_experts=both)
+    pipe = mlx_wan.WanPipeline.from_pretrained(checkpoint, dtype=dtype, keep_both_experts=both)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # _check_loras has said it
         for lora in parse_loras(args):
@@ -297,7 +306,7 @@ def _make(
     args: argparse.Namespace, checkpoint: "Checkpoint", options: dict[str, Any], path: Path, pipelines: Pipelines
 ) -> dict[str, float]:
     """Load, generate and write, under one progress bar; returns the seconds each stage took."""
-    from mlx_wan.cli.previews import Previews
+    from mlx_wan.cli.steps import StepPictures
     from mlx_wan.outputs import open_output, save_settings
 
     pieces = (options["num_frames"] - 1) // checkpoint.spec.vae_stride[0] + 1
@@ -306,7 +315,7 @@ def _make(
     with shown(options["num_inference_steps"], pieces) as progress:
         progress.stage("load")
         pipe = pipelines.get(args, checkpoint)
-        previews = Previews(Path(args.preview), path, pipe) if args.preview else None
+        previews = StepPictures(Path(args.preview), path, pipe) if args.preview else None
         events = pipe.stream(args.prompt, **options)
         fps, dtype = args.fps or checkpoint.spec.fps, str(pipe.dtype).removeprefix("mlx.core.")
         facts = settings.facts(args, checkpoint, options, **args.extended, fps=fps, dtype=dtype)
@@ -353,7 +362,7 @@ def _check_flags(args: argparse.Namespace) -> None:
     """What can be judged without knowing the model."""
     if args.prompt is None:
         raise UserError("the following arguments are required: --prompt (see mlx-wan generate --help)")
-    for flag in ("image", "last_frame", "save_file", "ckpt_dir"):
+    for flag in ("image", "last_frame", "save_file", "ckpt_dir", *FILES):
         if getattr(args, flag) == "":  # an unset variable of a script: no reason to do something else silently
             raise UserError(f"--{flag} is empty; give a name, or leave the flag out")
     if args.use_prompt_extend:

@@ -1,6 +1,7 @@
 """`--help` that fits a screen: a command with many flags shows one group in full and names the others.
 
-A group's title is `key: what it is about`; `--help KEY` shows that group, `--help all` everything.
+A group's title is `key: what it is about`; `--help KEY` shows that group, `--help all` everything. A command without
+such groups is shown whole.
 """
 
 import argparse
@@ -10,7 +11,6 @@ from typing import Any
 from mlx_wan.errors import UserError
 
 WIDTH = 100
-FEW_FLAGS = 20  # a command with no more is shown whole
 
 
 class Formatter(argparse.HelpFormatter):
@@ -35,9 +35,8 @@ class HelpAction(argparse.Action):
 
 def screen(parser: argparse.ArgumentParser, wanted: str | None) -> str:
     """The help text. Raises UserError if there is no group of that name."""
-    groups = {_key(group): group for group in parser._action_groups if ":" in (group.title or "")}
-    flags = sum(len(group._group_actions) for group in groups.values())
-    if wanted == "all" or (wanted is None and flags <= FEW_FLAGS):
+    groups = {_key(group): group for group in parser._action_groups if _key(group).isalpha() and ":" in group.title}
+    if wanted == "all" or not groups:
         return parser.format_help()
     if wanted is None:
         return _overview(parser, groups)
@@ -68,4 +67,4 @@ def _in_full(group: Any) -> str:
 
 
 def _key(group: Any) -> str:
-    return group.title.partition(":")[0]
+    return (group.title or "").partition(":")[0]

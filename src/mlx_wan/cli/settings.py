@@ -27,13 +27,21 @@ FLAGS: dict[str, tuple[str, type | tuple[type, ...]]] = {
     "dtype": ("dtype", str),
 }
 FILES = {"image": "image", "last_image": "last_frame"}  # pictures: in the video by name and fingerprint
+PARTS = (
+    "transformer",
+    "transformer_2",
+    "text_encoder",
+    "image_encoder",
+    "vae",
+    "tokenizer",
+)  # of a model, in place of the folder's own
 EXTENDED = ("given_prompt", "prompt_extend")  # of a prompt that a language model wrote
 
 
 def facts(args: argparse.Namespace, checkpoint: "Checkpoint", options: dict[str, Any], **more: Any) -> dict[str, Any]:
     """What is stored in the video: all that is needed to make it again, and nothing that changes from run to run.
 
-    Files are named without their folders, which are nobody's business; a model's is there if it is a Hub id.
+    Files and folders are named without where they are, which is nobody's business.
     """
     import mlx_wan
     from mlx_wan.fingerprint import file_fingerprint, model_fingerprint
@@ -47,14 +55,15 @@ def facts(args: argparse.Namespace, checkpoint: "Checkpoint", options: dict[str,
     prints |= {name: file_fingerprint(file) for name, file in pictures.items()}
     if loras:
         prints["loras"] = [file_fingerprint(lora.path) for lora in loras]
-    source = args.ckpt_dir or "tiny"
+    parts = {part: Path(getattr(args, part)).name for part in PARTS if getattr(args, part)}
     return {
         "prompt": args.prompt,
         **{name: Path(file).name for name, file in pictures.items()},
         **settings,
         **more,
         "model": checkpoint.spec.name,
-        **({"ckpt_dir": source} if source == "tiny" or not Path(source).exists() else {}),
+        **({"parts": parts} if parts else {}),
+        **_source(args, parts),
         "fingerprints": prints,
         "mlx_wan": mlx_wan.__version__,
         "mlx": backend.version("mlx"),
@@ -88,13 +97,30 @@ def fill(args: argparse.Namespace) -> None:
     if isinstance(args.base_seed, int):
         args.base_seed = [args.base_seed]
     _fill_files(args, video, recorded)
-    if args.ckpt_dir is None and recorded.get("ckpt_dir") != "tiny":
-        args.ckpt_dir = recorded.get("ckpt_dir")
-        if args.ckpt_dir is None:
-            raise UserError(f"{video}: was made by the model {recorded.get('model')}; say where it is with --ckpt_dir")
+    if args.ckpt_dir is None and not any(getattr(args, part) for part in PARTS):
+        _fill_model(args, video, recorded)
     if args.size is None and _same_pictures(args, recorded):
         args.size = f"{recorded.get('width')}*{recorded.get('height')}"
         args.exact_size = True
+
+
+def _source(args: argparse.Namespace, parts: dict[str, str]) -> dict[str, str]:
+    """Where the model came from: "tiny", a Hub id, or the name of a folder; nothing if it is single files."""
+    if args.ckpt_dir is None:
+        return {} if parts else {"ckpt_dir": "tiny"}
+    return {"ckpt_dir": Path(args.ckpt_dir).resolve().name if Path(args.ckpt_dir).exists() else args.ckpt_dir}
+
+
+def _fill_model(args: argparse.Namespace, video: Path, recorded: dict[str, Any]) -> None:
+    parts = recorded.get("parts", {})
+    for part in PARTS:
+        if part in parts:
+            setattr(args, part, str(_at_hand(video, parts[part], part)))
+    source = recorded.get("ckpt_dir")
+    if source is None and not parts:
+        raise UserError(f"{video}: was made by the model {recorded.get('model')}; say where it is with --ckpt_dir")
+    if source is not None and source != "tiny":
+        args.ckpt_dir = source if "/" in source else str(_at_hand(video, source, "ckpt_dir"))
 
 
 def compare(args: argparse.Namespace, checkpoint: "Checkpoint") -> None:

@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from mlx_wan.models.transformer import TransformerConfig
 from mlx_wan.models.umt5 import TextEncoderConfig
 from mlx_wan.models.vae21 import VAE21Config
 from mlx_wan.models.vae22 import VAEConfig
+from mlx_wan.weights import spiece
 from mlx_wan.weights.checkpoint import (
     DIFFUSERS,
     EMBEDDED,
@@ -24,6 +25,7 @@ from mlx_wan.weights.checkpoint import (
     OFFICIAL_21,
     OFFICIAL_21_I2V,
     OFFICIAL_EXPERTS,
+    SINGLE_FILES,
     WAN22_MLX,
     Checkpoint,
     Component,
@@ -35,6 +37,7 @@ from mlx_wan.weights.files import INDEX_SUFFIX, TENSOR_SUFFIXES, read_index, rea
 from mlx_wan.weights.fit import component_tensors
 from mlx_wan.weights.identify import LABELS, identify
 from mlx_wan.weights.layouts import official_names
+from mlx_wan.weights.loose import NEEDED, by_content, find_tokenizer, has_parts, without
 from mlx_wan.weights.quantize import Quantization
 from mlx_wan.weights.shapes import (
     PATCH_SIZE,
@@ -44,15 +47,26 @@ from mlx_wan.weights.shapes import (
     vae_fields,
 )
 from mlx_wan.weights.tensors import TensorInfo
-from mlx_wan.zoo import LATENT_STATISTICS, LATENTS_MEAN, MODELS, SAMPLING_TYPES, ModelSpec
+from mlx_wan.zoo import HEAD_DIM, LATENT_STATISTICS, LATENTS_MEAN, MODELS, SAMPLING_TYPES, ModelSpec
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 MODEL_TYPES = ("t2v", "ti2v", "i2v", "flf2v")  # of the transformers that run, in config.json
 VAE_CONFIGS = {"Wan2.2": VAEConfig, "Wan2.1": VAE21Config}
 
 
-def locate(where: str | Path) -> Checkpoint:
+def locate(
+    where: str | Path | None = None,
+    *,
+    transformer: str | Path | None = None,
+    transformer_2: str | Path | None = None,
+    text_encoder: str | Path | None = None,
+    image_encoder: str | Path | None = None,
+    vae: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+) -> Checkpoint:
     """The checkpoint in a folder, of a Hub id ("Wan-AI/Wan2.2-TI2V-5B") or "tiny", the one in this package.
+
+    Single files take the place of the folder's own; with all of them given, `where` can be None.
 
     Reads headers alone, and finds all that can be wrong with them, so that nobody waits for gigabytes to be read
     first. A Hub id downloads what is not in the cache yet.
@@ -62,19 +76,35 @@ def locate(where: str | Path) -> Checkpoint:
         CheckpointError: files are missing, damaged, of another model or contradict config.json; tensors are
             missing, unexpected, misshapen or of a type that cannot be loaded.
     """
+    given = {
+        "transformer": transformer,
+        "transformer_2": transformer_2,
+        "text_encoder": text_encoder,
+        "image_encoder": image_encoder,
+        "vae": vae,
+        "tokenizer": tokenizer,
+    }
+    files = {part: Path(path).expanduser() for part, path in given.items() if path is not None}
+    for part, path in files.items():
+        if not path.is_file():
+            raise UserError(f"{path}: no such file (given as the {LABELS.get(part, part)})")
+    if where is None:
+        if lacking := [part for part in NEEDED if part not in files]:
+            raise UserError(f"no checkpoint folder, and no {' and no '.join(lacking)}: give a folder or those files")
+        return _read_parts(files["transformer"].parent, files)
     if str(where) == "tiny":
         if not (EMBEDDED / "config.json").is_file():
             raise CheckpointError(f"{EMBEDDED}: the embedded model is missing; install mlx-wan again")
-        return _read_folder(EMBEDDED)
+        return _read_parts(EMBEDDED, files)
     folder = Path(where).expanduser()
     if folder.is_dir():
-        return _read_folder(folder)
+        return _read_parts(folder, files)
     if folder.is_file():
         identity = identify({name: info.shape for name, info in read_tensors(folder).items()})
         hint = "give it to --lora" if identity.component == "lora" else "give the folder of a whole checkpoint"
         raise UserError(f"{folder}: is a single file ({identity.model}); {hint}")
     if HUB_ID.fullmatch(str(where)):
-        return _read_folder(_download(str(where)))
+        return _read_parts(_download(str(where)), files)
     raise UserError(f'{folder}: no such folder (a checkpoint folder, a Hub id, or "tiny" is needed)')
 
 
@@ -177,9 +207,11 @@ def _find(folder: Path, names: tuple[str, ...]) -> Path | None:
     return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
-def _missing(folder: Path, layout: Layout) -> list[str]:
+def _missing(folder: Path, layout: Layout, given: Collection[str] = ()) -> list[str]:
     missing = [name for name in layout.configs.values() if not (folder / name).is_file()]
-    for names in layout.files.values():
+    for part, names in layout.files.items():
+        if part in given:
+            continue
         path = _find(folder, names)
         if path is None:
             missing.append(" or ".join(names))
@@ -212,14 +244,22 @@ def _missing_message(folder: Path, layout: Layout, missing: list[str]) -> str:
     return f"{what}; get the rest and try again"
 
 
-def _read_folder(folder: Path) -> Checkpoint:
-    config, extra, config_file, layout = _read_configs(folder)
-    if layout is OFFICIAL_21_I2V:
+def _read_parts(folder: Path, given: Mapping[str, Path]) -> Checkpoint:
+    """The checkpoint in a folder, with the `given` files in place of its own."""
+    config, extra, config_file, layout = _read_configs(folder, given)
+    if layout is OFFICIAL_21_I2V and "transformer" not in given:
         _check_no_lone_expert(folder, layout)
-    if missing := _missing(folder, layout):
-        raise CheckpointError(_missing_message(folder, layout, missing))
-    paths = {part: _find(folder, names) or folder for part, names in layout.files.items()}
-    parts = {name: _read_component(path, name, layout) for name, path in paths.items() if name != "tokenizer"}
+    if layout is SINGLE_FILES:
+        found = dict(given) if given.keys() >= set(NEEDED) else {**by_content(folder, given), **given}
+    else:
+        if missing := _missing(folder, layout, given):
+            raise CheckpointError(_missing_message(folder, layout, missing))
+        found = {part: _find(folder, names) or folder for part, names in layout.files.items()} | dict(given)
+    if "quantization" in extra and (packed := given.keys() & {"transformer", "transformer_2", "text_encoder"}):
+        raise UserError(f"{folder}: is quantized, so its {packed.pop()} cannot be another file's")
+    parts = {name: _read_component(path, name, layout) for name, path in found.items() if name != "tokenizer"}
+    own_tokenizer = parts["text_encoder"].tensors.get(spiece.TENSOR)
+    parts = {name: without(part, spiece.TENSOR) for name, part in parts.items()}
     transformer = _transformer_config(config_file, config, parts["transformer"])
     if "transformer_2" in parts and _transformer_config(config_file, config, parts["transformer_2"]) != transformer:
         raise CheckpointError(f"{parts['transformer_2'].path}: is of another size than the high-noise expert")
@@ -228,6 +268,8 @@ def _read_folder(folder: Path) -> Checkpoint:
     image_encoder = _image_encoder_config(config_file, extra.get("image_encoder"), parts.get("image_encoder"))
     _check_fit(folder, transformer, text_encoder, image_encoder, vae)
     kind, spec = _spec(config_file, extra, parts, transformer, vae)
+    if layout is SINGLE_FILES and "model_type" not in config:
+        transformer = replace(transformer, model_type=MODELS[kind].task)
     checkpoint = Checkpoint(
         layout=layout,
         folder=folder,
@@ -235,7 +277,7 @@ def _read_folder(folder: Path) -> Checkpoint:
         kind=kind,
         spec=spec,
         **parts,
-        tokenizer=paths["tokenizer"],
+        tokenizer=find_tokenizer(folder, found, own_tokenizer),
         transformer_config=transformer,
         text_encoder_config=text_encoder,
         image_encoder_config=image_encoder,
@@ -260,11 +302,16 @@ def _check_no_lone_expert(folder: Path, layout: Layout) -> None:
         )
 
 
-def _read_configs(folder: Path) -> tuple[dict[str, Any], dict[str, Any], Path, Layout]:
+def _read_configs(folder: Path, given: Mapping[str, Path]) -> tuple[dict[str, Any], dict[str, Any], Path, Layout]:
     """The transformer's config, what is said of the other parts, the file to blame for it, and the layout."""
     if (folder / INDEX).is_file():
         config, extra = read_configs(folder)
         return config, extra, folder / INDEX, DIFFUSERS
+    path = folder / "config.json"
+    config, layout = _read_json(path) if path.is_file() else {}, layout_of(folder, {})
+    nameless = layout is None or (layout is NATIVE and _find(folder, NATIVE.files["transformer"]) is None)
+    if given.keys() >= set(NEEDED) or (nameless and "mlx_wan" not in config and has_parts(folder)):
+        return {name: value for name, value in config.items() if name != "mlx_wan"}, {}, path, SINGLE_FILES
     config = _read_config(folder)
     layout = layout_of(folder, config) or _official(folder, config)
     path = folder / layout.configs["transformer"]
@@ -339,6 +386,8 @@ def _transformer_config(path: Path, config: Mapping[str, Any], part: Component) 
     for name, value in rest.items():
         if type(value) not in types[name] or (name != "model_type" and value <= 0):
             raise CheckpointError(f"{path}: {name} cannot be {value!r}")
+    if "num_heads" not in rest and part.identity.models:
+        rest["num_heads"] = found["dim"] // HEAD_DIM
     if "num_heads" not in rest:
         raise CheckpointError(f"{path}: lacks num_heads, which the tensors do not tell")
     if found["dim"] % (2 * rest["num_heads"]):
