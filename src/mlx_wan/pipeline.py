@@ -29,7 +29,6 @@ from mlx_wan.weights.load import (
     load_transformer,
     load_vae,
     locate,
-    tokenizer_path,
 )
 from mlx_wan.zoo import ModelSpec
 
@@ -101,7 +100,7 @@ class WanPipeline:
         self.keep_both_experts = keep_both_experts
         spec = checkpoint.spec
         self.scheduler = make_scheduler(spec.scheduler, spec.num_inference_steps, spec.shift)
-        self.tokenizer = Tokenizer(tokenizer_path(checkpoint), checkpoint.transformer_config.text_len)
+        self.tokenizer = Tokenizer(checkpoint.tokenizer, checkpoint.transformer_config.text_len)
         self._transformers: dict[str, WanTransformer] = {}
         self._adapters = Adapters()
         self._text_encoder: UMT5Encoder | None = None
@@ -111,18 +110,23 @@ class WanPipeline:
     @classmethod
     def from_pretrained(
         cls,
-        path: str | Path,
+        path: str | Path | Checkpoint | None = None,
         dtype: mx.Dtype | None = None,
         low_memory: bool | None = None,
         keep_both_experts: bool = False,
+        task: str | None = None,
+        **files: str | Path | None,
     ) -> "WanPipeline":
         """The pipeline of a checkpoint folder, a Hub id such as "Wan-AI/Wan2.2-TI2V-5B", or "tiny".
 
         Args:
-            path: see docs/checkpoints.md for the layouts.
+            path: see docs/checkpoints.md for the layouts; or what `locate` found.
             dtype: mx.float32, mx.bfloat16 or mx.float16; None means bfloat16 on a GPU and float32 on the CPU.
             low_memory: None decides: yes if all that would be in memory together takes over half of it.
             keep_both_experts: of a model with two, instead of loading the other when its turn comes.
+            task: which model it must be, where single files do not tell; "t2v-14B" for instance.
+            files: transformer, transformer_2, text_encoder, image_encoder, vae, tokenizer: single files in place of the
+                folder's, or of a folder.
 
         Raises:
             UserError: there is nothing at `path`, or `dtype` is another.
@@ -130,7 +134,8 @@ class WanPipeline:
         """
         if dtype is not None and dtype not in DTYPES:
             raise UserError(f"dtype is {dtype!r}; choose one of {', '.join(map(str, DTYPES))}")
-        checkpoint, dtype = locate(path), dtype or backend.default_dtype()
+        checkpoint = path if isinstance(path, Checkpoint) else locate(path, task=task, **files)
+        dtype = dtype or backend.default_dtype()
         if low_memory is None:
             parts = {
                 name: part for name, part in checkpoint.parts.items() if keep_both_experts or name != "transformer_2"

@@ -19,14 +19,7 @@ from mlx_wan.models.transformer import FLOAT32_PARAMETERS
 from mlx_wan.models.vae22 import VAEConfig, WanVAE22
 from mlx_wan.weights import locate as locating
 from mlx_wan.weights.checkpoint import PARTS
-from mlx_wan.weights.load import (
-    load_image_encoder,
-    load_text_encoder,
-    load_transformer,
-    load_vae,
-    locate,
-    tokenizer_path,
-)
+from mlx_wan.weights.load import load_image_encoder, load_text_encoder, load_transformer, load_vae, locate
 from mlx_wan.weights.save import save_native
 from mlx_wan.weights.shapes import text_encoder_fields, transformer_fields, vae_fields
 from mlx_wan.zoo import LATENT_STATISTICS, LATENTS_MEAN, LATENTS_STD, MODELS
@@ -77,7 +70,7 @@ def test_dimensions_are_read_off_the_tensors(folder):
     assert (checkpoint.vae_config.latents_mean, checkpoint.vae_config.latents_std) == (LATENTS_MEAN, LATENTS_STD)
     assert checkpoint.spec.name == "custom"
     assert checkpoint.spec.negative_prompt == MODELS["ti2v-5B"].negative_prompt
-    assert tokenizer_path(checkpoint).read_text() == checkpoints.TOKENIZER
+    assert checkpoint.tokenizer.read_text() == checkpoints.TOKENIZER
 
 
 def test_the_policy_of_types(folder):

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 SUMMARY = "make a video from a prompt, or from a prompt and a picture"
 TASKS = tuple(name for name, spec in MODELS.items() if spec.hub_id)
 OTHER_TASKS = ("animate-14B", "s2v-14B")
+FILES = ("transformer", "transformer_2", "text_encoder", "image_encoder", "vae", "tokenizer")
 SOLVERS = ("unipc", "dpm++", "euler")
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 LARGEST_SEED = 2**63 - 1
@@ -54,6 +55,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     model.add_argument(
         "--ckpt_dir", "--model", metavar="DIR", help="model folder or Hub id (default: the small embedded model)"
     )
+    for part in FILES:
+        model.add_argument(f"--{part}", metavar="FILE", help=f"a {part.replace('_', ' ')} in place of the folder's own")
     model.add_argument("--dtype", choices=tuple(DTYPE_BYTES), help="of weights and products (default: by device)")
     add_lora_flags(model)
     model.add_argument("--fuse", action="store_true", help="add the LoRAs to the weights instead of beside them")
@@ -109,10 +112,12 @@ def run(args: argparse.Namespace) -> None:
     last = read_image(args.last_frame) if args.last_frame else None
     if args.save_file:
         check_writable(args.save_file)
-    checkpoint = locate(args.ckpt_dir or "tiny")
+    files = {part: getattr(args, part) for part in FILES}
+    alone = not args.ckpt_dir and not any(files.values())
+    checkpoint = locate("tiny" if alone else args.ckpt_dir, task=args.task, **files)
     _check_task(args.task, checkpoint)
     checkpoint.spec.check_pictures(image is not None, last is not None)
-    if not args.ckpt_dir:
+    if alone:
         _note("no --ckpt_dir: the small embedded model draws this (coloured shapes that move)")
     options = _options(args, checkpoint, image) | ({} if last is None else {"last_image": last})
     path = Path(args.save_file) if args.save_file else _free_name(args.prompt, checkpoint.spec.name, options)
@@ -140,7 +145,7 @@ def _make(args: argparse.Namespace, checkpoint: "Checkpoint", options: dict[str,
         progress.stage("load")
         dtype = getattr(mx, args.dtype) if args.dtype else None
         both = args.keep_both_experts
-        pipe = mlx_wan.WanPipeline.from_pretrained(checkpoint.folder, dtype=dtype, keep_both_experts=both)
+        pipe = mlx_wan.WanPipeline.from_pretrained(checkpoint, dtype=dtype, keep_both_experts=both)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # _check_loras has said it
             for lora in parse_loras(args):
@@ -178,7 +183,7 @@ def _follow(event: "Event", progress: Progress, writer: "VideoWriter", with_imag
 
 def _check_flags(args: argparse.Namespace) -> None:
     """What can be judged without knowing the model."""
-    for flag in ("image", "last_frame", "save_file", "ckpt_dir"):
+    for flag in ("image", "last_frame", "save_file", "ckpt_dir", *FILES):
         if getattr(args, flag) == "":  # an unset variable of a script: no reason to do something else silently
             raise UserError(f"--{flag} is empty; give a name, or leave the flag out")
     loras = parse_loras(args)

@@ -112,6 +112,8 @@ DIFFUSERS = Layout(
     "Wan2.2",
     {},
 )
+# Files of any names, told by what is in them: ComfyUI's folders, GGUF, or parts given one by one.
+SINGLE_FILES = Layout("single files", {}, TURN)
 LAYOUTS = (NATIVE, WAN22_MLX, OFFICIAL, OFFICIAL_21, OFFICIAL_21_I2V, OFFICIAL_EXPERTS, DIFFUSERS)
 
 
@@ -137,7 +139,7 @@ class Checkpoint:
         transformer, text_encoder, vae: its parts.
         transformer_2: the low-noise expert where there are two; `transformer` is the high-noise one then.
         image_encoder: of a model that takes image embeddings.
-        tokenizer: its tokenizer.json.
+        tokenizer: its tokenizer.json, or what such a file would hold.
         *_config: dimensions of the parts; both experts have the same.
         quantization: how its matrices are packed; None if they are not.
     """
@@ -150,7 +152,7 @@ class Checkpoint:
     transformer: Component
     text_encoder: Component
     vae: Component
-    tokenizer: Path
+    tokenizer: Path | bytes
     transformer_config: TransformerConfig
     text_encoder_config: TextEncoderConfig
     vae_config: VAEConfig | VAE21Config
@@ -161,7 +163,7 @@ class Checkpoint:
 
     def tokenizer_json(self) -> bytes:
         """What its tokenizer.json holds."""
-        return self.tokenizer.read_bytes()
+        return self.tokenizer if isinstance(self.tokenizer, bytes) else self.tokenizer.read_bytes()
 
     @property
     def parts(self) -> dict[str, Component]:

@@ -1,6 +1,5 @@
 """Builds the modules of a checkpoint and fills them, strictly: every tensor of one is a tensor of the other."""
 
-from pathlib import Path
 from typing import TypeVar
 
 import mlx.core as mx
@@ -14,15 +13,7 @@ from mlx_wan.weights.checkpoint import Checkpoint
 from mlx_wan.weights.fit import fit_tensors, make_vae
 from mlx_wan.weights.locate import locate
 
-__all__ = [
-    "Checkpoint",
-    "load_image_encoder",
-    "load_text_encoder",
-    "load_transformer",
-    "load_vae",
-    "locate",
-    "tokenizer_path",
-]
+__all__ = ["Checkpoint", "load_image_encoder", "load_text_encoder", "load_transformer", "load_vae", "locate"]
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -52,11 +43,6 @@ def load_image_encoder(checkpoint: Checkpoint, dtype: mx.Dtype) -> ImageEncoder:
 def load_vae(checkpoint: Checkpoint) -> WanVAE:
     """The VAE, evaluated, in float32. Raises as `load_transformer`."""
     return _fill(checkpoint, "vae", make_vae(checkpoint), mx.float32)
-
-
-def tokenizer_path(checkpoint: Checkpoint) -> Path:
-    """The checkpoint's tokenizer.json."""
-    return checkpoint.tokenizer
 
 
 def _fill(checkpoint: Checkpoint, part: str, module: Module, dtype: mx.Dtype) -> Module:

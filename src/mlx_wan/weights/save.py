@@ -110,7 +110,7 @@ def native_config(
 def write_native(
     folder: Path,
     parts: Mapping[str, Sequence[TensorInfo]],
-    tokenizer_json: str | Path,
+    tokenizer_json: str | Path | bytes,
     config: Mapping[str, Any],
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
@@ -123,8 +123,10 @@ def write_native(
     metadata = {"format": "mlx"} | ({"quantization": json.dumps(quantization)} if quantization else {})
     for stem, tensors in parts.items():
         write_sharded(folder, stem, tensors, max_shard_bytes, metadata)
-    tokenizer = tokenizer_json.read_bytes() if isinstance(tokenizer_json, Path) else tokenizer_json.encode()
-    _write(folder / "tokenizer.json", tokenizer)
+    if isinstance(tokenizer_json, Path):
+        tokenizer_json = tokenizer_json.read_bytes()
+    content = tokenizer_json if isinstance(tokenizer_json, bytes) else tokenizer_json.encode()
+    _write(folder / "tokenizer.json", content)
     write_json(config_file, config)
 
 
