@@ -14,6 +14,7 @@ from mlx_wan.errors import CheckpointError, UserError, WanError
 from mlx_wan.weights import spiece
 from mlx_wan.weights.checkpoint import (
     DIFFUSERS,
+    DIFFUSERS_EXPERTS,
     EMBEDDED,
     EXPERT_FOLDERS,
     LAYOUTS,
@@ -180,7 +181,7 @@ def layout_of(folder: Path, config: Mapping[str, Any]) -> Layout | None:
         extra = config["mlx_wan"]
         return native_layout(extra if isinstance(extra, dict) else {})
     if (folder / INDEX).is_file():
-        return DIFFUSERS
+        return DIFFUSERS_EXPERTS if (folder / "transformer_2").is_dir() else DIFFUSERS
     if _has_experts(folder):
         return OFFICIAL_EXPERTS
     for layout in (WAN22_MLX, _official(folder, config), NATIVE):
@@ -371,7 +372,7 @@ def _read_configs(folder: Path, given: Mapping[str, Path]) -> tuple[dict[str, An
     """The transformer's config, what is said of the other parts, the file to blame for it, and the layout."""
     if (folder / INDEX).is_file():
         config, extra = read_configs(folder)
-        return config, extra, folder / INDEX, DIFFUSERS
+        return config, extra, folder / INDEX, DIFFUSERS_EXPERTS if "boundary" in extra else DIFFUSERS
     path = folder / "config.json"
     complete = given.keys() >= set(ESSENTIAL)
     if complete or (layout_of(folder, {}) is None and _has_parts(folder)):
