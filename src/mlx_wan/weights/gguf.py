@@ -268,8 +268,9 @@ def _packed(path: Path, name: str, shape: tuple[int, ...], packing: Packing, at:
                 stored = np.memmap(path, np.uint8, "r", at, (blocks, packing.nbytes))
             except (OSError, ValueError) as error:
                 raise CheckpointError(f"{path}: cannot read tensor {name}: {error}") from error
-            for i in range(0, blocks, CHUNK_BLOCKS):
-                out[i : i + CHUNK_BLOCKS] = packing.unpack(np.asarray(stored[i : i + CHUNK_BLOCKS]))
+            with np.errstate(invalid="ignore"):  # scales that are not finite: the run will find the NaN
+                for i in range(0, blocks, CHUNK_BLOCKS):
+                    out[i : i + CHUNK_BLOCKS] = packing.unpack(np.asarray(stored[i : i + CHUNK_BLOCKS]))
         return mx.array(out.reshape(shape))
 
     return TensorInfo(name, shape, "float32", blocks * packing.nbytes, path, load, packing.name)
