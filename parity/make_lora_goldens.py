@@ -1,6 +1,9 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch", "diffusers", "transformers", "peft", "accelerate", "lycoris-lora", "safetensors", "numpy"]
+# dependencies = [
+#   "torch==2.13.0", "diffusers==0.42.1", "transformers==5.23.0", "peft==0.21.2", "lycoris-lora==4.1.3", "accelerate",
+#   "toml", "safetensors", "numpy>=2",
+# ]
 # ///
 """Adapters as their real writers write them, and what diffusers and PEFT compute with them.
 

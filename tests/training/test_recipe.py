@@ -25,8 +25,9 @@ def read(tmp_path, recipe, **overrides):
     return read_recipe(toy.write(tmp_path / "r.yaml", recipe), overrides)
 
 
-def test_the_recipes_of_the_embedded_model_are_valid_and_fit_together():
-    vae, model = read_recipe(RECIPES / "tiny-vae.yaml"), read_recipe(RECIPES / "tiny.yaml")
+@pytest.mark.parametrize("names", [("tiny-vae", "tiny"), ("tiny-vae-gpu", "tiny-gpu")])
+def test_the_recipes_of_the_embedded_model_are_valid_and_fit_together(names):
+    vae, model = (read_recipe(RECIPES / f"{name}.yaml") for name in names)
     assert isinstance(vae, AutoencoderRecipe)
     assert isinstance(model, TransformerRecipe)
     model.check_autoencoder(vae.model)

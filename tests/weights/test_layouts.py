@@ -14,9 +14,13 @@ from mlx_wan.weights.layouts import (
     DIFFUSERS_VAE21,
     HF_TEXT_ENCODER,
     KEEP,
+    MLX_VIDEO_TEXT_ENCODER,
+    MLX_VIDEO_TRANSFORMER,
+    MLX_VIDEO_VAE,
     OFFICIAL,
     SQUEEZE,
     TURN,
+    UNFOLD,
     WAN22_MLX,
     detect_dialect,
     fits,
@@ -51,6 +55,9 @@ def test_the_first_users_names(own, official):
         (DIFFUSERS_TRANSFORMER, "transformer"),
         (HF_TEXT_ENCODER, "text_encoder"),
         (DIFFUSERS_VAE, "vae"),
+        (MLX_VIDEO_TRANSFORMER, "transformer"),
+        (MLX_VIDEO_TEXT_ENCODER, "text_encoder"),
+        (MLX_VIDEO_VAE, "vae"),
     ],
     ids=lambda value: getattr(value, "name", value),
 )
@@ -71,7 +78,7 @@ def test_the_flat_vae_of_diffusers():
 
 def test_every_dialect_is_known():
     known = {OFFICIAL, WAN22_MLX, DIFFUSERS_TRANSFORMER, HF_TEXT_ENCODER, DIFFUSERS_VAE, DIFFUSERS_VAE21}
-    assert set(DIALECTS) == known
+    assert set(DIALECTS) == known | {MLX_VIDEO_TRANSFORMER, MLX_VIDEO_TEXT_ENCODER, MLX_VIDEO_VAE}
 
 
 def test_a_tied_tensor_counts_once():
@@ -114,6 +121,8 @@ def test_one_parameter_under_two_names():
         ((1, 1, 1, 6), (6,), {SQUEEZE}),
         ((6,), (6,), {KEEP}),
         ((2, 3), (6,), set()),
+        ((6, 20), (6, 1, 2, 2, 5), {UNFOLD}),
+        ((6, 21), (6, 1, 2, 2, 5), set()),
         ((1, 6, 4), (1, 6, 4), {KEEP}),
     ],
 )
@@ -125,6 +134,11 @@ def test_turning_is_the_transposition_torch_needs():
     array = mx.arange(2 * 3 * 4 * 5).reshape(2, 3, 4, 5)
     assert mx.array_equal(turn(array, TURN, (2, 4, 5, 3)), array.transpose(0, 2, 3, 1))
     assert turn(mx.ones((6, 1, 1)), SQUEEZE, (6,)).shape == (6,)
+
+
+def test_a_flat_convolution_is_in_torchs_order():
+    torch = mx.arange(2 * 3 * 1 * 2 * 2).reshape(2, 3, 1, 2, 2)
+    assert mx.array_equal(turn(torch.reshape(2, -1), UNFOLD, (2, 1, 2, 2, 3)), turn(torch, TURN, (2, 1, 2, 2, 3)))
 
 
 CLEAR_TORCH = ("a", (8, 6, 3, 3, 3), (8, 3, 3, 3, 6))

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import cases
-import checkpoint
+import checkpoint as checkpoint_files
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -20,6 +20,7 @@ from mlx_wan.weights.convert import convert
 from mlx_wan.weights.files import read_tensors
 from mlx_wan.weights.gguf import SHAPE_KEY
 from mlx_wan.weights.inspect import describe
+from mlx_wan.weights.layouts import MLX_VIDEO_TEXT_ENCODER, MLX_VIDEO_TRANSFORMER, MLX_VIDEO_VAE
 from mlx_wan.weights.load import load_text_encoder, load_transformer, load_vae, locate
 from mlx_wan.weights.save import array_tensor, write_safetensors
 from mlx_wan.weights.spiece import tokenizer_json
@@ -249,6 +250,58 @@ def test_scales_that_do_not_fit(tmp_path, change, message):
         read_tensors(tmp_path / "a.safetensors")
 
 
+def test_two_experts_are_told_apart_by_flags(tmp_path):
+    folder = tmp_path / "models"
+    folder.mkdir()
+    weights = {part: checkpoint_files.official_weights(part, "small-i2v-A14B") for part in ("transformer", "vae")}
+    low = checkpoint_files.official_weights("transformer_2", "small-i2v-A14B")
+    high_file = write_plain(folder / "b_first.safetensors", weights["transformer"], "model.diffusion_model.")
+    low_file = write_plain(folder / "a_second.safetensors", low)
+    write_plain(folder / "vae.safetensors", weights["vae"])
+    write_plain(folder / "umt5.safetensors", hugging_face())
+    (folder / "config.json").write_text(json.dumps({"num_heads": small.T2V["num_heads"]}))
+    with pytest.raises(CheckpointError, match=r"several files with a transformer .* --transformer_2 FILE"):
+        locate(folder)
+    checkpoint = locate(folder, transformer=high_file, transformer_2=low_file)
+    assert (checkpoint.kind, checkpoint.transformer_config.model_type) == ("i2v-A14B", "i2v")
+    assert checkpoint.spec.boundary == 0.9
+    for part, want in (("transformer", weights["transformer"]), ("transformer_2", low)):
+        got = parameters(load_transformer(checkpoint, mx.float32, part))
+        assert all(np.array_equal(np.array(got[name]), cases.native(name, array)) for name, array in want.items())
+
+
+MLX_VIDEO = {
+    "transformer": ("model", MLX_VIDEO_TRANSFORMER),
+    "text_encoder": ("t5_encoder", MLX_VIDEO_TEXT_ENCODER),
+    "vae": ("vae", MLX_VIDEO_VAE),
+}
+
+
+def test_mlx_videos_conversion(tmp_path):
+    """As its convert.py writes it: convolutions channels last, norms flat, the patch embedding a matrix."""
+    folder = tmp_path / "mlx-video"
+    folder.mkdir()
+    for part, (stem, dialect) in MLX_VIDEO.items():
+        weights = {}
+        for name, array in checkpoints.official(part).items():
+            flat = array.reshape(len(array), -1) if name == "patch_embedding.weight" else None
+            weights[dialect.from_official(name)] = cases.native(name, array) if flat is None else flat
+        assert len(weights) == len(checkpoints.official(part))
+        write_plain(folder / f"{stem}.safetensors", weights)
+    config = {"model_type": "ti2v", "dim": 96, "num_heads": 3, "vae_z_dim": 48, "sample_guide_scale": 5.0}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="give one with --tokenizer"):
+        locate(folder)
+    checkpoint = locate(folder, tokenizer=cases.GOLDEN / "tokenizer.json")
+    for part, load in (
+        ("transformer", lambda c: load_transformer(c, mx.float32)),
+        ("text_encoder", lambda c: load_text_encoder(c, mx.float32)),
+        ("vae", load_vae),
+    ):
+        got = parameters(load(checkpoint))
+        assert all(mx.array_equal(got[name], array) for name, array in checkpoints.native(part).items())
+
+
 # --- inspect -------------------------------------------------------------------------------------------------
 
 
@@ -295,7 +348,7 @@ def experts(tmp_path):
     """The parts of a small model of two experts, as single files, and the config.json that unreleased sizes need."""
     files = {"text_encoder": write_plain(tmp_path / "t5.safetensors", hugging_face())}
     for part in ("transformer", "transformer_2", "vae"):
-        weights = checkpoint.official_weights(part, "small-t2v-A14B")
+        weights = checkpoint_files.official_weights(part, "small-t2v-A14B")
         prefix = "model.diffusion_model." if part.startswith("transformer") else ""
         files[part] = write_plain(tmp_path / f"my {part}.safetensors", weights, prefix)
     (tmp_path / "config.json").write_text(json.dumps({"num_heads": 3}))
@@ -307,7 +360,7 @@ def test_two_experts_given_one_by_one(experts, tmp_path):
     assert (found.kind, found.spec.boundary, found.transformer_config.model_type) == ("t2v-A14B", 0.875, "t2v")
     for part in ("transformer", "transformer_2"):
         got = parameters(load_transformer(found, mx.float32, part))
-        want = checkpoint.official_weights(part, "small-t2v-A14B")
+        want = checkpoint_files.official_weights(part, "small-t2v-A14B")
         assert all(np.array_equal(np.array(got[n]), cases.native(n, want[n])) for n in want)
     with pytest.raises(CheckpointError, match=r"several files with a transformer .* say which with --transformer "):
         locate(tmp_path)
@@ -335,9 +388,9 @@ def test_an_expert_is_not_taken_for_a_whole_model(experts, tmp_path):
 def test_a_folder_with_an_image_encoder(tmp_path):
     model = "small-i2v-14B"
     for part in ("transformer", "vae"):
-        write_plain(tmp_path / f"{part}.safetensors", checkpoint.official_weights(part, model))
+        write_plain(tmp_path / f"{part}.safetensors", checkpoint_files.official_weights(part, model))
     write_plain(tmp_path / "t5.safetensors", hugging_face())
-    write_plain(tmp_path / "clip.safetensors", checkpoint.clip_weights(model))
+    write_plain(tmp_path / "clip.safetensors", checkpoint_files.clip_weights(model))
     for file in ("transformer", "vae"):  # names of no layout
         (tmp_path / f"{file}.safetensors").rename(tmp_path / f"my {file}.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"num_heads": 3}))

@@ -144,8 +144,7 @@ def _make(args: argparse.Namespace, checkpoint: "Checkpoint", options: dict[str,
     with Progress(options["num_inference_steps"], pieces) as progress:
         progress.stage("load")
         dtype = getattr(mx, args.dtype) if args.dtype else None
-        both = args.keep_both_experts
-        pipe = mlx_wan.WanPipeline.from_pretrained(checkpoint, dtype=dtype, keep_both_experts=both)
+        pipe = mlx_wan.WanPipeline.from_pretrained(checkpoint, dtype=dtype, keep_both_experts=args.keep_both_experts)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # _check_loras has said it
             for lora in parse_loras(args):
@@ -153,7 +152,7 @@ def _make(args: argparse.Namespace, checkpoint: "Checkpoint", options: dict[str,
         if args.fuse:
             pipe.fuse_lora()
         if not pipe.low_memory:  # else each part is loaded in the stage that needs it
-            _ = pipe.text_encoder, pipe.vae, both and pipe.transformer_2, pipe.transformer
+            _ = pipe.text_encoder, pipe.vae, args.keep_both_experts and pipe.transformer_2, pipe.transformer
         events = pipe.stream(args.prompt, **options)
         metadata = _facts(args, checkpoint, options, str(pipe.dtype))
         with VideoWriter(path, args.fps or checkpoint.spec.fps, metadata=metadata) as writer:

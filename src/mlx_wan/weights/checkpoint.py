@@ -114,7 +114,7 @@ DIFFUSERS_EXPERTS = replace(
     DIFFUSERS, files={**DIFFUSERS.files, "transformer_2": _either("transformer_2/diffusion_pytorch_model")}
 )
 # Files of any names, told by what is in them: ComfyUI's folders, GGUF, or parts given one by one.
-SINGLE_FILES = Layout("single files", {}, TURN)
+SINGLE_FILES = Layout("single files", {}, TURN, configs={})
 LAYOUTS = (NATIVE, WAN22_MLX, OFFICIAL, OFFICIAL_21, OFFICIAL_21_I2V, OFFICIAL_EXPERTS, DIFFUSERS, DIFFUSERS_EXPERTS)
 
 

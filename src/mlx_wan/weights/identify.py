@@ -11,7 +11,6 @@ from mlx_wan.weights.layouts import official_names, unwrapped
 from mlx_wan.weights.shapes import FIELDS, Shape, vae_family
 from mlx_wan.zoo import RELEASES
 
-ESSENTIAL = ("transformer", "text_encoder", "vae")  # what every model has
 COMPONENTS = ("transformer", "text_encoder", "image_encoder", "vae")  # kinds; of transformers there may be two
 LABELS = {
     "transformer": "transformer",

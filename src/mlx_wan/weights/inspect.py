@@ -10,8 +10,9 @@ from typing import Any
 from mlx_wan.errors import CheckpointError, UserError
 from mlx_wan.weights.checkpoint import EMBEDDED, PARTS, SINGLE_FILES, Layout
 from mlx_wan.weights.files import INDEX_SUFFIX, TENSOR_SUFFIXES, read_index, read_metadata, read_tensors
-from mlx_wan.weights.identify import COMPONENTS, ESSENTIAL, LABELS, Identity, identify
+from mlx_wan.weights.identify import COMPONENTS, LABELS, Identity, identify
 from mlx_wan.weights.locate import layout_of
+from mlx_wan.weights.loose import NEEDED
 from mlx_wan.weights.tensors import TensorInfo
 
 # The part of a name that says where in the model a tensor sits: "blocks.7", "encoder.downsamples.2", "head".
@@ -67,9 +68,9 @@ def describe(path: str | Path) -> dict[str, Any]:
 
 
 def _whole(identities: list[Identity]) -> bool:
-    """Whether there is exactly one of each component that every model has, all of a kind that runs."""
-    found = sorted(identity.component for identity in identities if identity.component in ESSENTIAL)
-    return found == sorted(ESSENTIAL) and all(i.runs for i in identities if i.component in ESSENTIAL)
+    """Whether there is exactly one of each part that every model has, of a kind that runs."""
+    found = sorted(identity.component for identity in identities if identity.component in NEEDED)
+    return found == sorted(NEEDED) and all(i.runs for i in identities if i.component in COMPONENTS)
 
 
 def _use(path: Path, layout: Layout | None, identities: list[Identity]) -> str | None:

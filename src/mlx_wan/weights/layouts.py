@@ -4,6 +4,7 @@ Inside this package parameters have the names of the official files and convolut
 a table of patterns; nothing else in the package knows other names.
 """
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -180,7 +181,48 @@ DIFFUSERS_VAE21 = Dialect(
         *_VAE_ENDS,
     ),
 )
-DIALECTS = (OFFICIAL, WAN22_MLX, DIFFUSERS_TRANSFORMER, HF_TEXT_ENCODER, DIFFUSERS_VAE, DIFFUSERS_VAE21)
+# mlx-video's conversions: no dot before a number, and the patch embedding as a matrix in torch's order.
+MLX_VIDEO_TRANSFORMER = Dialect(
+    "mlx-video",
+    ("patch_embedding_proj.",),
+    (
+        ("patch_embedding_proj.*", "patch_embedding.*"),
+        ("text_embedding_0.*", "text_embedding.0.*"),
+        ("text_embedding_1.*", "text_embedding.2.*"),
+        ("time_embedding_0.*", "time_embedding.0.*"),
+        ("time_embedding_1.*", "time_embedding.2.*"),
+        ("time_projection.*", "time_projection.1.*"),
+        ("blocks.N.ffn.fc1.*", "blocks.N.ffn.0.*"),
+        ("blocks.N.ffn.fc2.*", "blocks.N.ffn.2.*"),
+    ),
+)
+MLX_VIDEO_TEXT_ENCODER = Dialect(
+    "mlx-video", ("blocks.0.ffn.gate_proj.",), (("blocks.N.ffn.gate_proj.*", "blocks.N.ffn.gate.0.*"),)
+)
+MLX_VIDEO_VAE = Dialect(
+    "mlx-video",
+    ("decoder.head.layer_", "encoder.head.layer_"),
+    (
+        ("*.residual.layer_N.*", "*.residual.N.*"),
+        ("*.head.layer_N.*", "*.head.N.*"),
+        *(
+            (f"*.{own}_{kind}", f"*.{official}.{kind}")
+            for own, official in (("resample", "resample.1"), ("to_qkv", "to_qkv"), ("proj", "proj"))
+            for kind in ("weight", "bias")
+        ),
+    ),
+)
+DIALECTS = (
+    OFFICIAL,
+    WAN22_MLX,
+    DIFFUSERS_TRANSFORMER,
+    HF_TEXT_ENCODER,
+    DIFFUSERS_VAE,
+    DIFFUSERS_VAE21,
+    MLX_VIDEO_TRANSFORMER,
+    MLX_VIDEO_TEXT_ENCODER,
+    MLX_VIDEO_VAE,
+)
 # What ComfyUI and trainers put before every name, and CLIP before those of its image half.
 WRAPPERS = ("model.diffusion_model.", "diffusion_model.", "visual.")
 
@@ -256,21 +298,24 @@ def _flattened(renamed: dict[str, str]) -> dict[str, str]:
 
 
 # What is done to a tensor on its way into a module.
-KEEP, TURN, SQUEEZE = "keep", "turn", "squeeze"
+KEEP, TURN, SQUEEZE, UNFOLD = "keep", "turn", "squeeze", "unfold"
 
 
 def fits(found: Shape, wanted: Shape) -> set[str]:
     """The ways in which a tensor of shape `found` can become one of shape `wanted`.
 
     TURN takes a convolution from torch's order (O, I, *kernel) to channels last (O, *kernel, I). SQUEEZE drops
-    the ones torch keeps around the VAE's norm weights: (C, 1, 1, 1) -> (C,). A convolution of as many channels as
-    its kernel is wide fits both KEEP and TURN.
+    the ones torch keeps around the VAE's norm weights: (C, 1, 1, 1) -> (C,). UNFOLD takes a convolution that was laid
+    flat in torch's order, (O, I · kernel), to channels last. A convolution of as many channels as its kernel is wide
+    fits both KEEP and TURN.
     """
     ways: set[str] = set()
     if found == wanted:
         ways.add(KEEP)
     elif len(wanted) == 1 and tuple(n for n in found if n != 1) == tuple(n for n in wanted if n != 1):
         ways.add(SQUEEZE)
+    if len(wanted) in (4, 5) and found == (wanted[0], math.prod(wanted[1:])):
+        ways.add(UNFOLD)
     is_convolution = len(wanted) in (4, 5) and len(found) == len(wanted)
     # One input channel and a kernel of one: both orders are the same numbers.
     if is_convolution and _turned(found) == wanted and not (found == wanted and found[1] == 1):
@@ -294,7 +339,7 @@ def plan_turns(found: Mapping[str, Shape], wanted: Mapping[str, Shape], usual: s
             say which it is.
     """
     ways = {name: fits(shape, wanted[name]) for name, shape in found.items() if name in wanted}
-    clear = {next(iter(w)) for name, w in ways.items() if len(w) == 1 and len(wanted[name]) >= 4}
+    clear = {next(iter(w)) for name, w in ways.items() if len(w) == 1 and len(wanted[name]) >= 4} - {UNFOLD}
     plan: dict[str, str] = {}
     for name, options in ways.items():
         if len(options) == 1:
@@ -312,6 +357,8 @@ def plan_turns(found: Mapping[str, Shape], wanted: Mapping[str, Shape], usual: s
 
 def turn(array: mx.array, way: str, wanted: Shape) -> mx.array:
     """Carries out one entry of `plan_turns`."""
+    if way == UNFOLD:
+        array, way = array.reshape(wanted[0], wanted[-1], *wanted[1:-1]), TURN
     if way == TURN:
         return mx.contiguous(mx.moveaxis(array, 1, -1))
     return array.reshape(wanted) if way == SQUEEZE else array

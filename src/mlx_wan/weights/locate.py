@@ -1,14 +1,10 @@
 """Finds a checkpoint, tells its layout, and checks that its parts are there, of the right model, and fit."""
 
-import contextlib
 import json
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from mlx_wan.errors import CheckpointError, UserError, WanError
 from mlx_wan.weights import spiece
@@ -25,7 +21,6 @@ from mlx_wan.weights.checkpoint import (
     OFFICIAL_EXPERTS,
     PARTS,
     SINGLE_FILES,
-    UMT5_TOKENIZER,
     WAN22_MLX,
     Checkpoint,
     Component,
@@ -43,13 +38,13 @@ from mlx_wan.weights.dimensions import (
 )
 from mlx_wan.weights.files import INDEX_SUFFIX, TENSOR_SUFFIXES, read_index, read_tensors
 from mlx_wan.weights.fit import component_tensors
-from mlx_wan.weights.identify import COMPONENTS, ESSENTIAL, LABELS, identify
+from mlx_wan.weights.identify import LABELS, identify
 from mlx_wan.weights.layouts import official_names
+from mlx_wan.weights.loose import NEEDED, by_content, find_tokenizer, has_parts, without
 from mlx_wan.weights.quantize import Quantization
 from mlx_wan.weights.tensors import TensorInfo
 from mlx_wan.zoo import LATENTS_MEAN, MODELS
 
-TOKENIZERS = ("tokenizer.json", "tokenizer/tokenizer.json", UMT5_TOKENIZER)
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 MODEL_TYPES = ("t2v", "ti2v", "i2v", "flf2v")  # of the transformers that run, in config.json
 
@@ -91,7 +86,7 @@ def locate(
         if not path.is_file():
             raise UserError(f"{path}: no such file (given as the {LABELS.get(part, part)})")
     if where is None:
-        if lacking := [part for part in ESSENTIAL if part not in files]:
+        if lacking := [part for part in NEEDED if part not in files]:
             raise UserError(f"no checkpoint folder, and no {' and no '.join(lacking)}: give a folder or those files")
         return _read_parts(files["transformer"].parent, files, task)
     if str(where) == "tiny":
@@ -249,8 +244,10 @@ def _missing_message(folder: Path, layout: Layout, missing: list[str]) -> str:
 def _read_parts(folder: Path, given: Mapping[str, Path], task: str | None) -> Checkpoint:
     """The checkpoint in a folder, with the `given` files in place of its own."""
     config, extra, config_file, layout = _read_configs(folder, given)
+    if layout is OFFICIAL_21_I2V and "transformer" not in given:
+        _check_no_lone_expert(folder, layout)
     if layout is SINGLE_FILES:
-        found = dict(given) if given.keys() >= set(ESSENTIAL) else {**_by_content(folder, given), **given}
+        found = dict(given) if given.keys() >= set(NEEDED) else {**by_content(folder, given), **given}
     else:
         if layout is OFFICIAL_21_I2V and "transformer" not in given:
             _check_no_lone_expert(folder, layout)
@@ -261,7 +258,7 @@ def _read_parts(folder: Path, given: Mapping[str, Path], task: str | None) -> Ch
         raise UserError(f"{folder}: is quantized, so its {LABELS[packed.pop()]} cannot be another file's")
     parts = {name: _read_component(found[name], name, layout) for name in PARTS if name in found}
     own_tokenizer = parts["text_encoder"].tensors.get(spiece.TENSOR)
-    parts = {name: _without(part, spiece.TENSOR) for name, part in parts.items()}
+    parts = {name: without(part, spiece.TENSOR) for name, part in parts.items()}
     if layout is SINGLE_FILES:
         _check_not_half(parts, task)
     transformer = transformer_config(config_file, config, parts["transformer"])
@@ -279,7 +276,7 @@ def _read_parts(folder: Path, given: Mapping[str, Path], task: str | None) -> Ch
         kind=kind,
         spec=spec,
         **parts,
-        tokenizer=_tokenizer(folder, found, own_tokenizer),
+        tokenizer=find_tokenizer(folder, found, own_tokenizer),
         transformer_config=transformer,
         text_encoder_config=text_encoder,
         image_encoder_config=image_encoder,
@@ -317,80 +314,20 @@ def _check_not_half(parts: Mapping[str, Component], task: str | None) -> None:
     )
 
 
-def _without(part: Component, name: str) -> Component:
-    return replace(part, tensors={other: info for other, info in part.tensors.items() if other != name})
-
-
-def _tokenizer(folder: Path, found: Mapping[str, Path], own: TensorInfo | None) -> Path | bytes:
-    """The tokenizer.json that was found, or the one the text encoder's file carries as a tensor."""
-    if "tokenizer" in found:
-        return found["tokenizer"]
-    if own is not None:
-        try:
-            return spiece.tokenizer_json(bytes(np.array(own.load())))
-        except CheckpointError as error:
-            raise CheckpointError(f"{own.file}: {error}") from error
-    if beside := _find(folder, TOKENIZERS):
-        return beside
-    raise CheckpointError(
-        f"{folder}: there is no tokenizer, neither in the text encoder's file nor as tokenizer.json; "
-        "give one with --tokenizer (google/umt5-xxl has it)"
-    )
-
-
-def _by_content(folder: Path, given: Collection[str]) -> dict[str, Path]:
-    """Transformer, text encoder, VAE and, if there is one, image encoder among the tensor files in and under a folder,
-    told by what they hold.
-
-    Raises:
-        CheckpointError: there is not exactly one of each that is not `given`.
-    """
-    found: dict[str, list[Path]] = {part: [] for part in COMPONENTS if part not in given}
-    for file in tensor_files(folder):
-        identity = identify({name: info.shape for name, info in read_tensors(file).items()})
-        if identity.component in found:
-            found[identity.component].append(file)
-    for part, files in found.items():
-        if len(files) != 1 and (files or part in ESSENTIAL):
-            names = ", ".join(file.relative_to(folder).as_posix() for file in files[:4])
-            what = f"several files with a {LABELS[part]} ({names})" if files else f"no {LABELS[part]}"
-            raise CheckpointError(f"{folder}: has {what}; say which with --{part} FILE")
-    return {part: files[0] for part, files in found.items() if files}
-
-
-def tensor_files(folder: Path) -> list[Path]:
-    """Every tensor file in and under a folder; the shards of an index are one, the index."""
-    files = [
-        f for f in sorted(folder.rglob("*")) if f.is_file() and not f.relative_to(folder).as_posix().startswith(".")
-    ]
-    indices = [file for file in files if file.name.endswith(INDEX_SUFFIX)]
-    shards = {shard for index in indices for shard in read_index(index, must_exist=False).values()}
-    return indices + [file for file in files if file.suffix in TENSOR_SUFFIXES and file not in shards]
-
-
 def _read_configs(folder: Path, given: Mapping[str, Path]) -> tuple[dict[str, Any], dict[str, Any], Path, Layout]:
     """The transformer's config, what is said of the other parts, the file to blame for it, and the layout."""
     if (folder / INDEX).is_file():
         config, extra = read_configs(folder)
         return config, extra, folder / INDEX, DIFFUSERS_EXPERTS if "boundary" in extra else DIFFUSERS
     path = folder / "config.json"
-    complete = given.keys() >= set(ESSENTIAL)
-    if complete or (layout_of(folder, {}) is None and _has_parts(folder)):
-        config = _read_config(folder) if path.is_file() else {}
+    config, layout = _read_json(path) if path.is_file() else {}, layout_of(folder, {})
+    nameless = layout is None or (layout is NATIVE and _find(folder, NATIVE.files["transformer"]) is None)
+    if given.keys() >= set(NEEDED) or (nameless and "mlx_wan" not in config and has_parts(folder)):
         return {name: value for name, value in config.items() if name != "mlx_wan"}, {}, path, SINGLE_FILES
     config = _read_config(folder)
     layout = layout_of(folder, config) or _official(folder, config)
     path = folder / layout.configs["transformer"]
     return config, _native_extra(path, config), path, layout
-
-
-def _has_parts(folder: Path) -> bool:
-    """Whether some tensor file under the folder, whatever its name, is a component."""
-    for file in tensor_files(folder):
-        with contextlib.suppress(CheckpointError):
-            if identify({n: i.shape for n, i in read_tensors(file).items()}).component in COMPONENTS:
-                return True
-    return False
 
 
 def _native_extra(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
