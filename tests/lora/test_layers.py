@@ -9,10 +9,23 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import small
-from cases import load_small, relative_error, transformer_inputs
+from cases import GOLDEN, load_small, relative_error, transformer_inputs
 from mlx.utils import tree_flatten
 
-from mlx_wan.lora.layers import LoRALinear, LowRank, add_lora, attach, detach, linear_layers, lora_tensors, matrix_shape
+from mlx_wan.lora.fuse import merge
+from mlx_wan.lora.layers import (
+    DoRA,
+    LoRALinear,
+    LowRank,
+    add_lora,
+    attach,
+    detach,
+    linear_layers,
+    lora_tensors,
+    matrix_of,
+    matrix_shape,
+)
+from mlx_wan.lora.load import read_lora, transformer_shapes
 from mlx_wan.lora.save import save_lora
 from mlx_wan.weights.quantize import Quantization, quantize_module
 
@@ -145,3 +158,71 @@ def test_what_is_written(tmp_path):
     with pytest.raises(ValueError, match="no LoRA called 'other'"):
         save_lora(tmp_path / "c.safetensors", model, name="other")
     assert not (tmp_path / "c.safetensors").exists()
+
+
+# --- DoRA ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_dora_is_its_formula_and_starts_without_a_change(quantized):
+    mx.random.seed(3)
+    linear = nn.Linear(32, 12)
+    linear = linear.to_quantized(32, 8) if quantized else linear
+    weight = np.array(matrix_of(linear), np.float64)
+    x = mx.array(small.random("dora/x", (2, 5, 32)))
+    adapter = DoRA.beside(linear, 3, 6.0, mx.float32)
+    assert relative_error(np.array(adapter(x, linear(x), linear)), np.array(linear(x))) < 1e-6
+    adapter.lora_b = mx.array(small.random("dora/b", (12, 3)))
+    adapter.magnitude = mx.array(1 + np.abs(small.random("dora/m", (12, 1))))
+    a, b, m = (np.array(v, np.float64) for v in (adapter.lora_a, adapter.lora_b, adapter.magnitude))
+    turned = weight + 2 * b @ a
+    turned = m * turned / np.linalg.norm(turned, axis=1, keepdims=True)
+    want = np.array(x, np.float64) @ turned.T + np.array(linear.bias, np.float64)
+    assert relative_error(np.array(adapter(x, linear(x), linear)), want) < 1e-6
+    assert relative_error(np.array(adapter.delta(mx.array(weight, mx.float32))), turned - weight) < 1e-6
+    adapter.strength = 0.5
+    half = np.array(x, np.float64) @ (weight + 0.5 * (turned - weight)).T + np.array(linear.bias, np.float64)
+    assert relative_error(np.array(adapter(x, linear(x), linear)), half) < 1e-6
+
+
+def test_dora_is_written_read_and_merged(tmp_path):
+    model = load_small("transformer")
+    plain = velocity(model)
+    layers = add_lora(model, re.compile(r"blocks\.1\..*").fullmatch, rank=2, alpha=1, dora=True)
+    assert np.abs(velocity(model) - plain).max() < 1e-5
+    for module in model.modules():
+        if isinstance(module, DoRA):
+            module.lora_b = mx.random.normal(module.lora_b.shape, key=mx.random.key(1))
+            module.magnitude = module.magnitude * 1.1
+    tuned = velocity(model)
+    path = save_lora(tmp_path / "dora.safetensors", model)
+    assert {name.rsplit(".", 1)[1] for name in safetensors.numpy.load_file(path)} == {"weight", "alpha", "dora_scale"}
+    other = load_small("transformer")
+    lora = read_lora(path, transformer_shapes(other.config))
+    assert set(lora.layers) == set(layers)
+    attach(other, {layer: lora.adapter(layer) for layer in lora.layers})
+    assert relative_error(velocity(other), tuned) < 1e-6
+    assert relative_error(tuned, plain) > 0.01
+    merge(other)
+    assert relative_error(velocity(other), tuned) < 1e-5
+
+
+def test_dora_and_its_gradients_are_those_of_peft():
+    with np.load(GOLDEN / "lora" / "dora.npz") as stored:
+        want = {name: mx.array(stored[name]) for name in stored}
+    linear = nn.Linear(32, 12)
+    linear.weight, linear.bias = want["weight"], want["bias"]
+    layer = LoRALinear(linear)
+    layer.freeze()
+    adapter = DoRA(want["a"], want["b"], want["magnitude"].reshape(-1, 1), 2.0)
+    layer.adapters["default"] = adapter
+    assert relative_error(np.array(layer(want["x"])), np.array(want["output"])) < 1e-6
+
+    def loss(layer):
+        return mx.square(layer(want["x"]) - want["target"]).mean()
+
+    value, gradients = nn.value_and_grad(layer, loss)(layer)
+    assert value.item() == pytest.approx(want["loss"].item(), rel=1e-6)
+    for name, golden in (("lora_a", "a_grad"), ("lora_b", "b_grad"), ("magnitude", "magnitude_grad")):
+        got = np.array(gradients["adapters"]["default"][name]).reshape(-1)
+        assert relative_error(got, np.array(want[golden]).reshape(-1)) < 1e-6

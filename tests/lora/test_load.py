@@ -238,7 +238,7 @@ def renamed(**changes):
         (lambda: renamed(lora_up__weight=np.ones((160,))), "do not make the 160×96 matrix of this model"),
         (lambda: renamed(alpha=np.ones((2,))), "is not one number"),
         (lambda: renamed(alpha=np.float32("nan")), "alpha of blocks_0_ffn_0 is nan"),
-        (lambda: renamed(dora_scale=np.ones((160, 1))), "DoRA is not supported"),
+        (lambda: renamed(dora_scale=np.ones((1, 96))), "do not make the 160×96 matrix of this model"),
         (lambda: renamed(lora_mid__weight=np.ones((2, 2))), "Tucker is not supported"),
         (lambda: renamed(diff_b=np.ones((7,))), r"diff_b \(7,\) does not fit this model, where it is \(160,\)"),
         (lambda: renamed(diff=np.ones((160, 96))), "which is no whole adapter"),
@@ -268,7 +268,7 @@ def test_what_does_not_fit(tmp_path, tensors, message):
         ("{", "not JSON"),
         ('{"r": 0, "lora_alpha": 1}', "must be positive numbers"),
         ('{"r": 2, "lora_alpha": "x"}', "must be positive numbers"),
-        ('{"r": 2, "lora_alpha": 1, "use_dora": true}', "DoRA is not supported"),
+        ('{"r": 2, "lora_alpha": 1, "use_dora": true}', "is a DoRA without the magnitudes"),
         ('{"r": 2, "lora_alpha": 1, "alpha_pattern": {"(": 1}}', "is not a pattern"),
     ],
 )

@@ -41,7 +41,7 @@ ROLES = (
 )
 KINDS = (("lora_", "LoRA"), ("lokr_", "LoKr"), ("hada_", "LoHa"), ("diff", "differences"))
 # Parts of methods that are not computed here: refused, since leaving them out would silently change the result.
-REFUSED = {"dora": "DoRA", "lora_mid": "Tucker", "lokr_t2": "Tucker", "hada_t1": "Tucker", "hada_t2": "Tucker"}
+REFUSED = {"lora_mid": "Tucker", "lokr_t2": "Tucker", "hada_t1": "Tucker", "hada_t2": "Tucker"}
 
 _ROLES = tuple((re.compile(rf"(.+)\.(?:{pattern})"), role) for pattern, role in ROLES)
 

@@ -145,9 +145,9 @@ def merge(model: nn.Module) -> None:
         linear = home.linear
         if isinstance(linear, nn.QuantizedLinear):
             raise UserError(QUANTIZED)
-        weight = linear.weight.astype(mx.float32)
+        weight = original = linear.weight.astype(mx.float32)
         for adapter in home.adapters.values():
-            weight = weight + adapter.strength * adapter.delta()
+            weight = weight + adapter.strength * adapter.delta(original)
         linear.weight = weight.astype(linear.weight.dtype)
         mx.eval(linear.weight)
         merged.append((layer, linear))
@@ -228,9 +228,9 @@ def _merged(info: TensorInfo, loras: Sequence[tuple[Lora, float]]) -> TensorInfo
 
     def load() -> mx.array:
         stored = info.load()
-        value = stored.astype(mx.float32)
+        value = original = stored.astype(mx.float32)
         for lora, strength in acting:
-            change = lora.shift(info.name) if info.name in lora.shifts else lora.adapter(layer).delta()
+            change = lora.shift(info.name) if info.name in lora.shifts else lora.adapter(layer).delta(original)
             value = value + strength * change
         return value.astype(stored.dtype)
 

@@ -16,6 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
+Linear = nn.Linear | nn.QuantizedLinear
 DEFAULT = "default"  # name of the adapter that is trained
 PREFIX = "diffusion_model."  # what ComfyUI, Diffusers and most trainers put before official names
 
@@ -35,12 +36,12 @@ class Adapter(nn.Module):
         super().__init__()
         self.scale, self.strength = scale, strength
 
-    def __call__(self, x: mx.array, y: mx.array) -> mx.array:
-        """y + strength · scale · x Δᵀ for x (..., in), y (..., out), in y's dtype."""
+    def __call__(self, x: mx.array, y: mx.array, linear: "Linear | None" = None) -> mx.array:
+        """y + strength · scale · x Δᵀ for x (..., in), y (..., out), in y's dtype. linear: the layer, for DoRA."""
         raise NotImplementedError
 
-    def delta(self) -> mx.array:
-        """scale · Δ (out, in), float32; without the strength."""
+    def delta(self, weight: mx.array | None = None) -> mx.array:
+        """scale · Δ (out, in), float32; without the strength. weight: W, float32, for DoRA."""
         raise NotImplementedError
 
 
@@ -62,12 +63,54 @@ class LowRank(Adapter):
     def rank(self) -> int:
         return self.lora_a.shape[0]
 
-    def __call__(self, x: mx.array, y: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, y: mx.array, linear: "Linear | None" = None) -> mx.array:
         hidden = x @ self.lora_a.astype(x.dtype).T
         return mx.addmm(y, hidden, self.lora_b.astype(x.dtype).T, alpha=self.strength * self.scale)
 
-    def delta(self) -> mx.array:
+    def delta(self, weight: mx.array | None = None) -> mx.array:
         return self.scale * (self.lora_b.astype(mx.float32) @ self.lora_a.astype(mx.float32))
+
+
+class DoRA(LowRank):
+    """LoRA with magnitudes (Liu et al., arXiv:2402.09353): W + Δ = m · (W + s B A) / ‖W + s B A‖, by rows.
+
+    `magnitude` is (out, 1), as files have it. Gradients take the norm as a constant, as the paper advises.
+    """
+
+    def __init__(
+        self, lora_a: mx.array, lora_b: mx.array, magnitude: mx.array, scale: float = 1.0, strength: float = 1.0
+    ):
+        super().__init__(lora_a, lora_b, scale, strength)
+        self.magnitude = magnitude
+
+    @classmethod
+    def beside(cls, linear: "Linear", rank: int, alpha: float, dtype: mx.Dtype) -> "DoRA":
+        """Starts as LoRA does, with the magnitudes of the weight's rows: nothing is changed before the first step."""
+        out_dims, in_dims = matrix_shape(linear)
+        plain = LowRank.initial(in_dims, out_dims, rank, alpha, dtype)
+        new = cls(plain.lora_a, plain.lora_b, mx.zeros((out_dims, 1)), plain.scale)
+        new.magnitude = new._norm(matrix_of(linear))
+        return new
+
+    def _norm(self, weight: mx.array) -> mx.array:
+        """‖W + s B A‖ of each row (out, 1), float32, without making the sum."""
+        w, a, b = (array.astype(mx.float32) for array in (weight, self.lora_a, self.lora_b))
+        cross = ((w @ a.T) * b).sum(axis=1, keepdims=True)
+        square = ((b @ (a @ a.T)) * b).sum(axis=1, keepdims=True)
+        return mx.sqrt(mx.square(w).sum(axis=1, keepdims=True) + 2 * self.scale * cross + self.scale**2 * square)
+
+    def __call__(self, x: mx.array, y: mx.array, linear: "Linear | None" = None) -> mx.array:
+        assert linear is not None
+        ratio = (self.magnitude / mx.stop_gradient(self._norm(matrix_of(linear)))).T  # (1, out)
+        plain = linear(x) - linear.bias if "bias" in linear else linear(x)
+        low = (x @ self.lora_a.astype(x.dtype).T) @ self.lora_b.astype(x.dtype).T
+        change = (ratio - 1) * plain + self.scale * ratio * low
+        return y + (self.strength * change).astype(y.dtype)
+
+    def delta(self, weight: mx.array | None = None) -> mx.array:
+        assert weight is not None
+        turned = weight + super().delta()
+        return self.magnitude.astype(mx.float32) * turned / self._norm(weight) - weight
 
 
 class Kronecker(Adapter):
@@ -77,14 +120,14 @@ class Kronecker(Adapter):
         super().__init__(scale, strength)
         self.w1, self.w2 = w1, w2
 
-    def __call__(self, x: mx.array, y: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, y: mx.array, linear: "Linear | None" = None) -> mx.array:
         # (…, in1, in2) -> (…, in1, out2) -> (…, out2, in1) -> (…, out2, out1) -> (…, out1 · out2)
         w1, w2 = self.w1.astype(x.dtype), self.w2.astype(x.dtype)
         pairs = x.reshape(*x.shape[:-1], w1.shape[1], w2.shape[1]) @ w2.T
         change = (pairs.swapaxes(-1, -2) @ w1.T).swapaxes(-1, -2).reshape(y.shape)
         return y + (self.strength * self.scale) * change
 
-    def delta(self) -> mx.array:
+    def delta(self, weight: mx.array | None = None) -> mx.array:
         return self.scale * mx.kron(self.w1.astype(mx.float32), self.w2.astype(mx.float32))
 
 
@@ -97,10 +140,10 @@ class Hadamard(Adapter):
         super().__init__(scale, strength)
         self.a1, self.b1, self.a2, self.b2 = a1, b1, a2, b2
 
-    def __call__(self, x: mx.array, y: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, y: mx.array, linear: "Linear | None" = None) -> mx.array:
         return mx.addmm(y, x, self.delta().astype(x.dtype).T, alpha=self.strength)
 
-    def delta(self) -> mx.array:
+    def delta(self, weight: mx.array | None = None) -> mx.array:
         a1, b1, a2, b2 = (factor.astype(mx.float32) for factor in (self.a1, self.b1, self.a2, self.b2))
         return self.scale * (a1 @ b1) * (a2 @ b2)
 
@@ -112,10 +155,10 @@ class Difference(Adapter):
         super().__init__(scale, strength)
         self.difference = difference
 
-    def __call__(self, x: mx.array, y: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, y: mx.array, linear: "Linear | None" = None) -> mx.array:
         return mx.addmm(y, x, self.difference.astype(x.dtype).T, alpha=self.strength * self.scale)
 
-    def delta(self) -> mx.array:
+    def delta(self, weight: mx.array | None = None) -> mx.array:
         return self.scale * self.difference.astype(mx.float32)
 
 
@@ -131,7 +174,7 @@ class LoRALinear(nn.Module):
         y = self.linear(x)
         for adapter in self.adapters.values():
             if adapter.strength:
-                y = adapter(x, y)
+                y = adapter(x, y, self.linear)
         return y
 
 
@@ -139,6 +182,14 @@ def matrix_shape(linear: nn.Linear | nn.QuantizedLinear) -> tuple[int, int]:
     """(out, in) of a linear layer, plain or quantized."""
     out_dims, in_dims = linear.weight.shape
     return out_dims, in_dims * 32 // linear.bits if isinstance(linear, nn.QuantizedLinear) else in_dims
+
+
+def matrix_of(linear: Linear) -> mx.array:
+    """The weight (out, in) of a linear layer; of a quantized one, the values it stands for."""
+    if isinstance(linear, nn.QuantizedLinear):
+        packed = (linear.weight, linear.scales, linear.biases)
+        return mx.dequantize(*packed, group_size=linear.group_size, bits=linear.bits, mode=linear.mode)
+    return linear.weight
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear | nn.QuantizedLinear]:
@@ -188,6 +239,7 @@ def add_lora(
     *,
     name: str = DEFAULT,
     dtype: mx.Dtype = mx.float32,
+    dora: bool = False,
 ) -> list[str]:
     """Fresh trainable LoRAs beside the linear layers whose official name is `wanted`; returns those names.
 
@@ -196,21 +248,26 @@ def add_lora(
     Args:
         alpha: the LoRA's scale is alpha / rank; None means rank, a scale of 1.
         dtype: of the trained factors; products are computed in the dtype of the layer's input.
+        dora: with trained magnitudes.
     """
     alpha = rank if alpha is None else alpha
-    shapes = {layer: matrix_shape(linear) for layer, linear in linear_layers(model).items() if wanted(layer)}
-    attach(
-        model,
-        {layer: LowRank.initial(n_in, n_out, rank, alpha, dtype) for layer, (n_out, n_in) in shapes.items()},
-        name,
-    )
-    return list(shapes)
+    layers = {layer: linear for layer, linear in linear_layers(model).items() if wanted(layer)}
+
+    def fresh(linear: Linear) -> LowRank:
+        out_dims, in_dims = matrix_shape(linear)
+        if dora:
+            return DoRA.beside(linear, rank, alpha, dtype)
+        return LowRank.initial(in_dims, out_dims, rank, alpha, dtype)
+
+    attach(model, {layer: fresh(linear) for layer, linear in layers.items()}, name)
+    return list(layers)
 
 
 def lora_tensors(model: nn.Module, name: str = DEFAULT) -> dict[str, mx.array]:
     """The LoRAs called `name` as files of others have them, under official names with `PREFIX`.
 
-    `….lora_A.weight` (rank, in), `….lora_B.weight` (out, rank) and, where the scale is not 1, `….alpha`. ComfyUI,
+    `….lora_A.weight` (rank, in), `….lora_B.weight` (out, rank), of a DoRA `….dora_scale` (out, 1) too, and, where the
+    scale is not 1, `….alpha`. ComfyUI,
     Diffusers and LightX2V read that, and so does this package.
     """
     tensors = {}
@@ -219,6 +276,8 @@ def lora_tensors(model: nn.Module, name: str = DEFAULT) -> dict[str, mx.array]:
         if isinstance(adapter, LowRank):
             tensors[f"{PREFIX}{layer}.lora_A.weight"] = adapter.lora_a
             tensors[f"{PREFIX}{layer}.lora_B.weight"] = adapter.lora_b
+            if isinstance(adapter, DoRA):
+                tensors[f"{PREFIX}{layer}.dora_scale"] = adapter.magnitude
             if adapter.scale != 1:
                 tensors[f"{PREFIX}{layer}.alpha"] = mx.array(adapter.scale * adapter.rank, mx.float32)
     return tensors

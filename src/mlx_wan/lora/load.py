@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 
 from mlx_wan.errors import CheckpointError, UserError
 from mlx_wan.lora import dialects
-from mlx_wan.lora.layers import Adapter, Difference, Hadamard, Kronecker, LowRank
+from mlx_wan.lora.layers import Adapter, Difference, DoRA, Hadamard, Kronecker, LowRank
 from mlx_wan.models.transformer import TransformerConfig, WanTransformer
 from mlx_wan.weights.files import read_metadata, read_tensors
 from mlx_wan.weights.identify import identify
@@ -61,7 +61,9 @@ class Lora:
     def adapter(self, layer: str, dtype: mx.Dtype | None = None) -> Adapter:
         """The adapter of a linear layer, its factors read from the file, in `dtype` if one is given."""
         roles, scale = self.layers[layer]
-        adapter = _adapter({role: _loaded(info, dtype) for role, info in roles.items()}, scale)
+        # Magnitudes are a factor of the whole weight: rounded as the other numbers, they would change all of it.
+        found = {role: _loaded(info, mx.float32 if role == "dora" else dtype) for role, info in roles.items()}
+        adapter = _adapter(found, scale)
         mx.eval(adapter.parameters())
         return adapter
 
@@ -102,7 +104,7 @@ def read_lora(path: str | Path, shapes: Mapping[str, Shape]) -> Lora:
 
     Raises:
         UserError: no such file, or one that is not an adapter; the message says what it is.
-        CheckpointError: damaged; of a kind that cannot be computed (DoRA); no key of it belongs to this
+        CheckpointError: damaged; of a kind that cannot be computed (Tucker); no key of it belongs to this
             transformer; or a tensor of another shape, which means that it was made for another model.
     """
     path = _file(Path(path).expanduser())
@@ -123,6 +125,8 @@ def read_lora(path: str | Path, shapes: Mapping[str, Shape]) -> Lora:
     for layer, (roles, raw) in grouped.items():
         _check_whole(path, raw, roles)
         scale = _scale(path, raw, roles, config)
+        if config.get("dora") and "lora_a" in roles and "dora" not in roles:
+            raise CheckpointError(f"{path}: is a DoRA without the magnitudes of {raw}; get the file again")
         _sort(path, layer, raw, roles, scale, shapes, layers, shifts)
     return Lora(path, writer, layers, shifts, shapes, tuple(unmatched))
 
@@ -165,7 +169,7 @@ def _group(
 
 
 PARTNERS = (
-    ({"lora_a", "lora_b"}, {"lora_bias", "alpha", "diff_b"}),
+    ({"lora_a", "lora_b"}, {"lora_bias", "alpha", "diff_b", "dora"}),
     ({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}, {"alpha", "diff_b"}),
     ({"lokr_w1", "lokr_w2"}, {"alpha", "diff_b"}),
     ({"lokr_w1_a", "lokr_w1_b", "lokr_w2"}, {"alpha", "diff_b"}),
@@ -240,7 +244,8 @@ def _check_product(path: Path, roles: Roles, wanted: tuple[int, int]) -> None:
     inner = True
     if "lora_a" in shapes:
         (rows, right), (left, columns) = shapes["lora_b"], shapes["lora_a"]
-        inner = left == right
+        # A DoRA has a magnitude a row, (out,) or (out, 1); a few have one a column, (1, in), which is not computed.
+        inner = left == right and ("dora" not in roles or roles["dora"].shape in ((rows,), (rows, 1)))
     elif "diff" in shapes:
         rows, columns = shapes["diff"]
     elif "hada_w1_a" in shapes:
@@ -286,7 +291,9 @@ def _loaded(info: TensorInfo, dtype: mx.Dtype | None) -> mx.array:
 
 def _adapter(found: Mapping[str, mx.array], scale: float) -> Adapter:
     """One adapter from its factors."""
-    found = {role: _flat(array) for role, array in found.items()}
+    found = {role: array.reshape(-1, 1) if role == "dora" else _flat(array) for role, array in found.items()}
+    if "dora" in found:
+        return DoRA(found["lora_a"], found["lora_b"], found["dora"], scale)
     if "lora_a" in found:
         return LowRank(found["lora_a"], found["lora_b"], scale)
     if "diff" in found:
@@ -339,8 +346,6 @@ def _peft_config(path: Path) -> dict[str, Any]:
         said = {k.removeprefix("transformer."): v for k, v in _json(path, metadata[METADATA_KEY]).items()}
     if not said:
         return {}
-    if said.get("use_dora"):
-        raise CheckpointError(f"{path}: DoRA is not supported; use plain LoRA")
     rank = said.get("r")
     alpha = said.get("lora_alpha", said.get("alpha"))
     patterns = said.get("alpha_pattern") or {}
@@ -352,7 +357,8 @@ def _peft_config(path: Path) -> dict[str, Any]:
             re.compile(pattern)
     except re.error as error:
         raise CheckpointError(f"{path}: alpha_pattern {pattern!r} is not a pattern ({error})") from error
-    return {"r": rank, "alpha": alpha, "alpha_pattern": patterns, "rslora": bool(said.get("use_rslora"))}
+    kinds = {"rslora": bool(said.get("use_rslora")), "dora": bool(said.get("use_dora"))}
+    return {"r": rank, "alpha": alpha, "alpha_pattern": patterns, **kinds}
 
 
 def _json(path: Path, text: str | bytes) -> dict[str, Any]:

@@ -18,15 +18,19 @@ __all__ = ["Checkpoint", "load_image_encoder", "load_text_encoder", "load_transf
 Module = TypeVar("Module", bound=nn.Module)
 
 
-def load_transformer(checkpoint: Checkpoint, dtype: mx.Dtype, part: str = "transformer") -> WanTransformer:
-    """The transformer, evaluated; matrices in `dtype`, what `FLOAT32_PARAMETERS` names in float32.
+def load_transformer(
+    checkpoint: Checkpoint, dtype: mx.Dtype, part: str = "transformer", weights: mx.Dtype | None = None
+) -> WanTransformer:
+    """The transformer, evaluated; it computes in `dtype`, what `FLOAT32_PARAMETERS` names in float32.
 
-    part: "transformer", or "transformer_2", the low-noise expert of two.
+    Args:
+        part: "transformer", or "transformer_2", the low-noise expert of two.
+        weights: type of the matrices, for training that keeps more digits than it computes with; None: `dtype`.
 
     Raises:
         CheckpointError: the file changed since `locate`.
     """
-    return _fill(checkpoint, part, WanTransformer(checkpoint.transformer_config, dtype), dtype)
+    return _fill(checkpoint, part, WanTransformer(checkpoint.transformer_config, dtype), weights or dtype)
 
 
 def load_text_encoder(checkpoint: Checkpoint, dtype: mx.Dtype) -> UMT5Encoder:
