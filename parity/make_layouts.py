@@ -23,6 +23,7 @@ import numpy as np
 import small
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 from safetensors.numpy import load_file
 from transformers import UMT5Config, UMT5EncoderModel
 
@@ -58,8 +59,51 @@ def models():
     }
 
 
+def experts():
+    """The same of what a T2V-A14B repository has otherwise: its index, a transformer's config, and the Wan2.1 VAE.
+
+    The renaming is diffusers' own; the VAE is also run, against the official numbers.
+    """
+    t, v, vae = small.T2V, small.VAE21, np.load(GOLDEN / "vae21.npz")
+    autoencoder = AutoencoderKLWan(
+        base_dim=v["dim"], z_dim=v["z_dim"], dim_mult=list(v["dim_mult"]), num_res_blocks=v["num_res_blocks"],
+        temperal_downsample=list(v["temporal_downsample"]),
+        latents_mean=vae["latents_mean"].tolist(), latents_std=vae["latents_std"].tolist(),
+    )  # fmt: skip
+    shapes = json.loads((GOLDEN / "names.json").read_text())["small-t2v-A14B"]["vae"]
+    weights = {n: torch.from_numpy(small.weight("vae", n, tuple(shape))) for n, shape in shapes.items()}
+    renamed = convert_wan_vae_to_diffusers(dict(weights))
+    autoencoder.load_state_dict(renamed, strict=True)
+    frames = torch.from_numpy(small.video("vae/clip", 13, 32, 48)).permute(0, 4, 1, 2, 3)
+    mean = autoencoder.eval().encode(frames).latent_dist.mean.permute(0, 2, 3, 4, 1).numpy()
+    off = (mean - vae["latents_mean"]) / vae["latents_std"] - vae["clip/encoded"]
+    assert np.abs(off).max() < 1e-4, np.abs(off).max()
+    transformers = [
+        WanTransformer3DModel(
+            patch_size=t["patch_size"], num_attention_heads=t["num_heads"], num_layers=t["num_layers"],
+            attention_head_dim=t["dim"] // t["num_heads"], in_channels=t["in_dim"], out_channels=t["out_dim"],
+            text_dim=t["text_dim"], freq_dim=t["freq_dim"], ffn_dim=t["ffn_dim"],
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        pipe = WanPipeline(
+            tokenizer=None, text_encoder=None, vae=autoencoder, transformer=transformers[0],
+            transformer_2=transformers[1], boundary_ratio=0.875,
+            scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=12.0),
+        )  # fmt: skip
+        pipe.save_pretrained(folder)
+        names = {own: next(n for n, w in weights.items() if w is a) for own, a in renamed.items()}
+        return {
+            "model_index": json.loads((folder / "model_index.json").read_text()),
+            "transformer": {"config": json.loads((folder / "transformer_2" / "config.json").read_text())},
+            "vae": {"config": json.loads((folder / "vae" / "config.json").read_text()), "tensors": names},
+        }
+
+
 def main():
-    stored = {}
+    stored = {"experts": experts()}
     official = json.loads((GOLDEN / "names.json").read_text())["small"]
     built = {}
     for part, (module, names) in models().items():

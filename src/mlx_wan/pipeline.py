@@ -114,6 +114,7 @@ class WanPipeline:
         dtype: mx.Dtype | None = None,
         low_memory: bool | None = None,
         keep_both_experts: bool = False,
+        task: str | None = None,
         **files: str | Path | None,
     ) -> "WanPipeline":
         """The pipeline of a checkpoint folder, a Hub id such as "Wan-AI/Wan2.2-TI2V-5B", or "tiny".
@@ -123,8 +124,9 @@ class WanPipeline:
             dtype: mx.float32, mx.bfloat16 or mx.float16; None means bfloat16 on a GPU and float32 on the CPU.
             low_memory: None decides: yes if all that would be in memory together takes over half of it.
             keep_both_experts: of a model with two, instead of loading the other when its turn comes.
-            files: transformer, transformer_2, text_encoder, image_encoder, vae, tokenizer: single files in place of
-                the folder's, or of a folder.
+            task: which model it must be, where single files do not tell; "t2v-14B" for instance.
+            files: transformer, transformer_2, text_encoder, image_encoder, vae, tokenizer: single files in place of the
+                folder's, or of a folder.
 
         Raises:
             UserError: there is nothing at `path`, or `dtype` is another.
@@ -132,7 +134,7 @@ class WanPipeline:
         """
         if dtype is not None and dtype not in DTYPES:
             raise UserError(f"dtype is {dtype!r}; choose one of {', '.join(map(str, DTYPES))}")
-        checkpoint = path if isinstance(path, Checkpoint) else locate(path, **files)
+        checkpoint = path if isinstance(path, Checkpoint) else locate(path, task=task, **files)
         dtype = dtype or backend.default_dtype()
         if low_memory is None:
             parts = {

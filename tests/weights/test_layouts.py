@@ -1,5 +1,7 @@
 """Names and convolution orders of other people's files."""
 
+import json
+
 import cases
 import mlx.core as mx
 import pytest
@@ -9,6 +11,7 @@ from mlx_wan.weights.layouts import (
     DIALECTS,
     DIFFUSERS_TRANSFORMER,
     DIFFUSERS_VAE,
+    DIFFUSERS_VAE21,
     HF_TEXT_ENCODER,
     KEEP,
     MLX_VIDEO_TEXT_ENCODER,
@@ -66,8 +69,15 @@ def test_every_name_goes_there_and_back(dialect, part, prefix):
     assert list(official_names(own).values()) == names
 
 
+def test_the_flat_vae_of_diffusers():
+    """Its decoder counts stages and members, the official one counts through; the pairs are diffusers' own."""
+    pairs = json.loads((cases.GOLDEN / "diffusers.json").read_text())["experts"]["vae"]["tensors"]
+    assert official_names(pairs) == pairs
+    assert pairs["decoder.up_blocks.2.upsamplers.0.resample.1.bias"] == "decoder.upsamples.11.resample.1.bias"
+
+
 def test_every_dialect_is_known():
-    known = {OFFICIAL, WAN22_MLX, DIFFUSERS_TRANSFORMER, HF_TEXT_ENCODER, DIFFUSERS_VAE}
+    known = {OFFICIAL, WAN22_MLX, DIFFUSERS_TRANSFORMER, HF_TEXT_ENCODER, DIFFUSERS_VAE, DIFFUSERS_VAE21}
     assert set(DIALECTS) == known | {MLX_VIDEO_TRANSFORMER, MLX_VIDEO_TEXT_ENCODER, MLX_VIDEO_VAE}
 
 

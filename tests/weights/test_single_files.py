@@ -28,6 +28,7 @@ from mlx_wan.weights.tensors import FLOAT8, TensorInfo
 
 from . import checkpoints
 from .test_gguf import gguf, text
+from .test_inspect import sparse
 
 SPIECE = (Path(__file__).parent / "fixtures" / "spiece.model").read_bytes()
 ROUND = 0.04  # of a weight to 8 bits with three bits of mantissa
@@ -337,3 +338,62 @@ def test_ids_are_sentencepieces():
 def test_damaged_tokenizers(model):
     with pytest.raises(CheckpointError, match="holds a"):
         tokenizer_json(model)
+
+
+# --- other models ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def experts(tmp_path):
+    """The parts of a small model of two experts, as single files, and the config.json that unreleased sizes need."""
+    files = {"text_encoder": write_plain(tmp_path / "t5.safetensors", hugging_face())}
+    for part in ("transformer", "transformer_2", "vae"):
+        weights = checkpoint_files.official_weights(part, "small-t2v-A14B")
+        prefix = "model.diffusion_model." if part.startswith("transformer") else ""
+        files[part] = write_plain(tmp_path / f"my {part}.safetensors", weights, prefix)
+    (tmp_path / "config.json").write_text(json.dumps({"num_heads": 3}))
+    return files
+
+
+def test_two_experts_given_one_by_one(experts, tmp_path):
+    found = locate(**experts)
+    assert (found.kind, found.spec.boundary, found.transformer_config.model_type) == ("t2v-A14B", 0.875, "t2v")
+    for part in ("transformer", "transformer_2"):
+        got = parameters(load_transformer(found, mx.float32, part))
+        want = checkpoint_files.official_weights(part, "small-t2v-A14B")
+        assert all(np.array_equal(np.array(got[n]), cases.native(n, want[n])) for n in want)
+    with pytest.raises(CheckpointError, match=r"several files with a transformer .* say which with --transformer "):
+        locate(tmp_path)
+    both = {part: experts[part] for part in ("transformer", "transformer_2")}
+    assert locate(tmp_path, **both).parts.keys() == experts.keys()
+    alone = {part: path for part, path in experts.items() if part != "transformer_2"}
+    assert locate(**alone).kind == "t2v-1.3B"  # one transformer of no released size is what its folder or flags say
+
+
+def test_an_expert_is_not_taken_for_a_whole_model(experts, tmp_path):
+    shapes = {n: tuple(s) for n, s in cases.official_names("t2v-A14B", "transformer").items()}
+    sparse(tmp_path / "wan14b.safetensors", shapes)
+    (tmp_path / "config.json").unlink()
+    files = {"transformer": tmp_path / "wan14b.safetensors", "text_encoder": experts["text_encoder"]}
+    message = r"is Wan2\.2 T2V-A14B \(one expert\) or .*; give the low-noise expert too, with --transformer_2, or say "
+    with pytest.raises(CheckpointError, match=message + "--task t2v-14B"):
+        locate(**files, vae=experts["vae"])
+    with pytest.raises(CheckpointError, match="the transformer wants text of width 4096"):  # a later check
+        locate(**files, vae=experts["vae"], task="t2v-14B")
+    sparse(tmp_path / "wan14b.safetensors", shapes | {"patch_embedding.weight": (5120, 36, 1, 2, 2)})
+    with pytest.raises(CheckpointError, match=r"is Wan2\.2 I2V-A14B \(one expert\); .* with --transformer_2$"):
+        locate(**files, vae=experts["vae"])
+
+
+def test_a_folder_with_an_image_encoder(tmp_path):
+    model = "small-i2v-14B"
+    for part in ("transformer", "vae"):
+        write_plain(tmp_path / f"{part}.safetensors", checkpoint_files.official_weights(part, model))
+    write_plain(tmp_path / "t5.safetensors", hugging_face())
+    write_plain(tmp_path / "clip.safetensors", checkpoint_files.clip_weights(model))
+    for file in ("transformer", "vae"):  # names of no layout
+        (tmp_path / f"{file}.safetensors").rename(tmp_path / f"my {file}.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"num_heads": 3}))
+    found = locate(tmp_path)
+    assert (found.layout.name, found.kind, found.transformer_config.model_type) == ("single files", "i2v-14B", "i2v")
+    assert found.image_encoder.path.name == "clip.safetensors"

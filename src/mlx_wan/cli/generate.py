@@ -213,11 +213,8 @@ def _jobs(args: argparse.Namespace, name: str, taken: set[Path]) -> list[Job]:
         raise UserError(f"--preview {args.preview}: no such folder; create it first")
     files = {part: getattr(args, part) for part in FILES}
     alone = not args.ckpt_dir and not any(files.values())
-    checkpoint = locate("tiny" if alone else args.ckpt_dir, **files)
+    checkpoint = locate("tiny" if alone else args.ckpt_dir, task=args.task, **files)
     _check_task(args.task, checkpoint)
-    fitting = checkpoint.transformer.identity.models
-    if checkpoint.layout.name == "single files" and len(fitting) > 1 and args.task is None:
-        _note(f"the transformer fits {' and '.join(fitting)}: taken as {checkpoint.kind}; --task says which it must be")
     checkpoint.spec.check_pictures(image is not None, last is not None)
     if alone and not args.replay:
         _note("no --ckpt_dir: the small embedded model draws this (coloured shapes that move)")

@@ -35,7 +35,9 @@ class HelpAction(argparse.Action):
 
 def screen(parser: argparse.ArgumentParser, wanted: str | None) -> str:
     """The help text. Raises UserError if there is no group of that name."""
-    groups = {_key(group): group for group in parser._action_groups if _key(group).isalpha() and ":" in group.title}
+    groups = {
+        _key(group): group for group in parser._action_groups if _key(group).isalpha() and ":" in str(group.title)
+    }
     if wanted == "all" or not groups:
         return parser.format_help()
     if wanted is None:

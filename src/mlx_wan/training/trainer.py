@@ -24,6 +24,7 @@ from mlx.utils import tree_map, tree_map_with_path
 
 from mlx_wan.errors import CheckpointError, UserError, WanError
 from mlx_wan.training.checkpoint import damaged_states, load_state, newest_state, save_state
+from mlx_wan.training.muon import BatchedMuon
 
 Batch = dict[str, mx.array]
 Numbers = dict[str, mx.array]
@@ -41,9 +42,10 @@ class TrainConfig:
     steps: optimizer steps in all. batch_size: clips of a batch; `grad_accumulation_steps` batches make a step.
     learning_rate: after `warmup_steps` of linear rise; `schedule` says what follows until `steps`. optimizer: a key of
     OPTIMIZERS. grad_clip: largest gradient norm. ema_decay: of the exponential moving average of the weights, which is
-    what gets exported; 0 exports the weights themselves. compute_dtype: of weights and activations inside the loss.
-    *_every: in steps. keep: how many states stay on disk. spike_factor: a loss of so many times the running mean stops
-    the run; 0 lets it pass.
+    what gets exported; it is smaller in the first steps, whose weights would linger otherwise; 0 exports the weights
+    themselves. compute_dtype: of weights and activations inside the loss. *_every: in steps. keep: how many states stay
+    on disk. compile: the whole step; compile_update: without it, at least what follows the gradients. spike_factor: a
+    loss of so many times the running mean stops the run; 0 lets it pass.
     """
 
     steps: int
@@ -65,6 +67,7 @@ class TrainConfig:
     save_every: int = 1000
     keep: int = 2
     compile: bool = True
+    compile_update: bool = False
     spike_factor: float = 0.0
 
     def __post_init__(self) -> None:
@@ -119,7 +122,7 @@ def _adamw(rate: Rate, config: TrainConfig) -> optim.Optimizer:
 
 def _muon(rate: Rate, config: TrainConfig) -> optim.Optimizer:
     peak = config.muon_learning_rate
-    muon = optim.Muon(_rates(peak, config), weight_decay=config.weight_decay)
+    muon = BatchedMuon(_rates(peak, config), weight_decay=config.weight_decay)
     return optim.MultiOptimizer([muon, _adamw(rate, config)], [_is_hidden_matrix])
 
 
@@ -171,6 +174,11 @@ def in_compute_dtype(loss: Loss, dtype: mx.Dtype, float32: tuple[str, ...]) -> L
             model.update(masters)
 
     return wrapped
+
+
+def _steps_of(optimizer: optim.Optimizer) -> mx.array:
+    """How many updates it has made; all parts of a MultiOptimizer make them together."""
+    return optimizer.optimizers[0].step if isinstance(optimizer, optim.MultiOptimizer) else optimizer.step
 
 
 def _number(array: mx.array) -> float:
@@ -257,17 +265,18 @@ class Trainer:
 
     def _make_steps(self) -> None:
         """The parts of a step, compiled over the trees of arrays as they are now."""
-        arrays = self._arrays()
+        arrays, whole = self._arrays(), self.config.compile
 
-        def compiled(function: Callable) -> Callable:
-            return mx.compile(function, arrays, arrays) if self.config.compile else function
+        def compiled(function: Callable, wanted: bool) -> Callable:
+            return mx.compile(function, arrays, arrays) if wanted else function
 
-        self._whole_step = compiled(self._step)
-        self._add_gradients, self._apply = compiled(self._accumulate), compiled(self._move)
+        self._add_gradients = compiled(self._accumulate, whole)
+        self._apply = compiled(self._move, whole or self.config.compile_update)
+        self._whole_step = compiled(self._step, whole)
 
     def _step(self, batch: Batch, key: mx.array) -> Numbers:
         (loss, parts), grads = self._value_and_grad(self.model, batch, key)
-        return {"loss": loss, "grad_norm": self._move(grads), **parts}
+        return {"loss": loss, "grad_norm": self._apply(grads), **parts}
 
     def _accumulate(self, batch: Batch, key: mx.array, sums: Any) -> tuple[Numbers, Any]:
         (loss, parts), grads = self._value_and_grad(self.model, batch, key)
@@ -288,6 +297,8 @@ class Trainer:
             return weights
         if before is None:
             return tree_map(lambda a: a + 0, weights)
+        steps = _steps_of(self.optimizer).astype(mx.float32)
+        decay = mx.minimum(decay, steps / (steps + 9))
         return tree_map(lambda e, w: decay * e + (1 - decay) * w, before, weights)
 
     def _advance(self, batch_at: Callable[[int], Batch]) -> Numbers:

@@ -108,13 +108,14 @@ DIFFUSERS = Layout(
         "tokenizer": ("tokenizer/tokenizer.json",),
     },
     TURN,
-    "Wan2.2 TI2V model",
-    "Wan2.2",
-    {},
+    configs={},
+)
+DIFFUSERS_EXPERTS = replace(
+    DIFFUSERS, files={**DIFFUSERS.files, "transformer_2": _either("transformer_2/diffusion_pytorch_model")}
 )
 # Files of any names, told by what is in them: ComfyUI's folders, GGUF, or parts given one by one.
 SINGLE_FILES = Layout("single files", {}, TURN, configs={})
-LAYOUTS = (NATIVE, WAN22_MLX, OFFICIAL, OFFICIAL_21, OFFICIAL_21_I2V, OFFICIAL_EXPERTS, DIFFUSERS)
+LAYOUTS = (NATIVE, WAN22_MLX, OFFICIAL, OFFICIAL_21, OFFICIAL_21_I2V, OFFICIAL_EXPERTS, DIFFUSERS, DIFFUSERS_EXPERTS)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The configuration files of a Diffusers repository, to our words for dimensions and back.
 
 A repository is a folder for each part with a config.json of its own, and model_index.json above them. Each table
-below holds what that config calls our fields; what it says beyond them must be what every Wan2.2 TI2V model has.
+below holds what that config calls our fields; what it says beyond them must be what the models that run have.
 """
 
 import json
@@ -50,6 +50,13 @@ VAE = (
     },
     {"is_residual": True, "attn_scales": [], "dropout": 0.0, "clip_output": True},
 )
+# The Wan2.1 kind: what has no field must be as if it were not said.
+_21 = ("decoder_base_dim", "patch_size")
+VAE21 = (
+    "AutoencoderKLWan",
+    {key: field for key, field in VAE[1].items() if key not in _21},
+    {**VAE[2], "is_residual": False, **dict.fromkeys(_21)},
+)
 TEXT_ENCODER = (
     "UMT5EncoderModel",
     {
@@ -71,7 +78,8 @@ QK_NORM = {"rms_norm_across_heads": True, None: False}
 
 
 def read_configs(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The transformer's fields as an official config.json has them, and {"vae": fields, "text_encoder": fields}.
+    """The transformer's fields as an official config.json has them, and {"vae": fields, "text_encoder": fields}, of
+    two experts "boundary" too.
 
     Raises:
         CheckpointError: a file is missing or no JSON, or describes another model than this package runs.
@@ -79,22 +87,36 @@ def read_configs(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     index = _json(folder / INDEX)
     if index.get("_class_name") not in PIPELINES:
         raise CheckpointError(f"{folder}: is a {index.get('_class_name')}, not one of {', '.join(PIPELINES)}")
-    if index.get("boundary_ratio") is not None or (folder / "transformer_2").is_dir():
-        raise CheckpointError(f"{folder}: is a two-expert Wan2.2 A14B model, which is not supported; use TI2V-5B")
+    extra: dict[str, Any] = {}
+    if (boundary := index.get("boundary_ratio")) is not None:
+        if type(boundary) is not float or not 0 < boundary < 1:
+            raise CheckpointError(f"{folder / INDEX}: boundary_ratio cannot be {boundary!r}")
+        extra["boundary"] = boundary
+        _check_experts(folder)
+    elif (folder / "transformer_2").is_dir():
+        raise CheckpointError(f"{folder}: transformer_2 is there, but {INDEX} names no boundary_ratio")
+    vae_table = VAE if _json(folder / "vae" / "config.json").get("is_residual") else VAE21
     found = {
         name: _translated(folder / name / "config.json", table)
-        for name, table in (("transformer", TRANSFORMER), ("vae", VAE), ("text_encoder", TEXT_ENCODER))
+        for name, table in (("transformer", TRANSFORMER), ("vae", vae_table), ("text_encoder", TEXT_ENCODER))
     }
     transformer, said = found["transformer"]
     if said.get("qk_norm") not in QK_NORM:
         raise CheckpointError(f"{folder / 'transformer' / 'config.json'}: qk_norm cannot be {said['qk_norm']!r}")
-    transformer |= {"qk_norm": QK_NORM[said.get("qk_norm")], "_class_name": "WanModel", "model_type": "ti2v"}
+    transformer |= {"qk_norm": QK_NORM[said.get("qk_norm")], "_class_name": "WanModel"}
     if "num_heads" in transformer and "attention_head_dim" in said:
         transformer["dim"] = _product(folder, transformer["num_heads"], said["attention_head_dim"])
     text_encoder, said = found["text_encoder"]
     if "num_heads" in text_encoder and "d_kv" in said:
         text_encoder["dim_attn"] = _product(folder, text_encoder["num_heads"], said["d_kv"])
-    return transformer, {"vae": found["vae"][0], "text_encoder": text_encoder}
+    return transformer, {"vae": found["vae"][0], "text_encoder": text_encoder, **extra}
+
+
+def _check_experts(folder: Path) -> None:
+    """Both transformers' configs must say the same."""
+    high, low = (_json(folder / name / "config.json") for name in ("transformer", "transformer_2"))
+    if {**high, "_name_or_path": ""} != {**low, "_name_or_path": ""}:
+        raise CheckpointError(f"{folder / 'transformer_2' / 'config.json'}: differs from transformer/config.json")
 
 
 def _product(folder: Path, heads: Any, width: Any) -> int:
@@ -108,10 +130,10 @@ def _translated(path: Path, table: tuple[str, Mapping[str, str], Mapping[str, An
     name, fields, fixed = table
     said = _json(path)
     if said.get("_class_name", *said.get("architectures", [name])[:1]) != name:
-        raise CheckpointError(f"{path}: is of another model than {name}; use a Wan2.2 TI2V repository")
+        raise CheckpointError(f"{path}: is of another model than {name}; use a Wan repository")
     for key, value in fixed.items():
         if said.get(key, value) != value:
-            raise CheckpointError(f"{path}: {key} is {said[key]!r}, in Wan2.2 TI2V it is {value!r}")
+            raise CheckpointError(f"{path}: {key} is {said[key]!r}, in the models that run it is {value!r}")
     return {ours: said[key] for key, ours in fields.items() if said.get(key) is not None}, said
 
 

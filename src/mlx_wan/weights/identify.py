@@ -25,7 +25,6 @@ MARKS: tuple[tuple[str, str, str], ...] = (
     ("face_adapter.", "transformer", "Wan2.2 Animate-14B"),
     ("pose_patch_embedding.", "transformer", "Wan2.2 Animate-14B"),
     ("vace_blocks.", "transformer", "Wan2.1 VACE"),
-    ("encoder.down_blocks.0.norm1.", "vae", "Wan2.1 VAE under Diffusers names"),
     ("wav2vec2.", "other", "wav2vec2 audio encoder"),
 )
 

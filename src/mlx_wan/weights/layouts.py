@@ -119,6 +119,22 @@ def _residual_blocks(homes: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str
     return tuple((f"{own}.{a}", f"{official}.{b}") for own, official in homes for a, b in parts)
 
 
+# What both kinds of autoencoder have in their middle and at their ends.
+_MIDDLE = tuple((f"{p}.mid_block.resnets.{i}", f"{p}.middle.{2 * i}") for p in ("encoder", "decoder") for i in (0, 1))
+_VAE_ENDS = (
+    *(
+        (f"{part}.{own}.*", f"{part}.{official}.*")
+        for part in ("encoder", "decoder")
+        for own, official in (
+            ("conv_in", "conv1"),
+            ("mid_block.attentions.0", "middle.1"),
+            ("norm_out", "head.0"),
+            ("conv_out", "head.2"),
+        )
+    ),
+    ("quant_conv.*", "conv1.*"),
+    ("post_quant_conv.*", "conv2.*"),
+)
 # diffusers' AutoencoderKLWan of the Wan2.2 kind (is_residual). A stage's resampling has no number of its own there.
 DIFFUSERS_VAE = Dialect(
     "Diffusers",
@@ -128,11 +144,7 @@ DIFFUSERS_VAE = Dialect(
             (
                 ("encoder.down_blocks.N.resnets.N", "encoder.downsamples.N.downsamples.N"),
                 ("decoder.up_blocks.N.resnets.N", "decoder.upsamples.N.upsamples.N"),
-                *(
-                    (f"{p}.mid_block.resnets.{i}", f"{p}.middle.{2 * i}")
-                    for p in ("encoder", "decoder")
-                    for i in (0, 1)
-                ),
+                *_MIDDLE,
             )
         ),
         *(
@@ -143,18 +155,30 @@ DIFFUSERS_VAE = Dialect(
             )
             for part in ("resample", "time_conv")
         ),
-        *(
-            (f"{part}.{own}.*", f"{part}.{official}.*")
-            for part in ("encoder", "decoder")
-            for own, official in (
-                ("conv_in", "conv1"),
-                ("mid_block.attentions.0", "middle.1"),
-                ("norm_out", "head.0"),
-                ("conv_out", "head.2"),
+        *_VAE_ENDS,
+    ),
+)
+# And of the Wan2.1 kind: its encoder is flat in both, its decoder in the official files alone.
+DIFFUSERS_VAE21 = Dialect(
+    "Diffusers",
+    ("encoder.down_blocks.0.norm1.",),
+    (
+        *_residual_blocks(
+            (
+                ("encoder.down_blocks.N", "encoder.downsamples.N"),
+                ("decoder.up_blocks.N.resnets.N", "decoder.upsamples.N.flat.N"),
+                *_MIDDLE,
             )
         ),
-        ("quant_conv.*", "conv1.*"),
-        ("post_quant_conv.*", "conv2.*"),
+        *(
+            (f"{own}.{part}.*", f"{official}.{part}.*")
+            for own, official in (
+                ("encoder.down_blocks.N", "encoder.downsamples.N"),
+                ("decoder.up_blocks.N.upsamplers.0", "decoder.upsamples.N.flat.L"),
+            )
+            for part in ("resample", "time_conv")
+        ),
+        *_VAE_ENDS,
     ),
 )
 # mlx-video's conversions: no dot before a number, and the patch embedding as a matrix in torch's order.
@@ -194,6 +218,7 @@ DIALECTS = (
     DIFFUSERS_TRANSFORMER,
     HF_TEXT_ENCODER,
     DIFFUSERS_VAE,
+    DIFFUSERS_VAE21,
     MLX_VIDEO_TRANSFORMER,
     MLX_VIDEO_TEXT_ENCODER,
     MLX_VIDEO_VAE,
@@ -238,7 +263,7 @@ def official_names(names: Iterable[str]) -> dict[str, str]:
     given = set(bare.values())
     dialect = detect_dialect(given)
     renamed = {n: dialect.to_official(own) for n, own in bare.items() if TIED.get(own) not in given}
-    renamed = _numbered(renamed)
+    renamed = _flattened(_numbered(renamed))
     seen: dict[str, str] = {}
     for name, official in renamed.items():
         if official in seen:
@@ -260,6 +285,16 @@ def _numbered(renamed: dict[str, str]) -> dict[str, str]:
         return f"{start}.{last + 1}.{rest}"
 
     return {name: fill(official) for name, official in renamed.items()}
+
+
+def _flattened(renamed: dict[str, str]) -> dict[str, str]:
+    """Counts the members of nested lists "x.1.flat.0" through, to "x.4"."""
+    pattern = re.compile(r"(.+)\.(\d+)\.flat\.(\d+)\.(.+)")
+    found = {name: match for name, official in renamed.items() if (match := pattern.fullmatch(official))}
+    places = sorted({(match[1], int(match[2]), int(match[3])) for match in found.values()})
+    number = {place: sum(place[0] == other[0] for other in places[:i]) for i, place in enumerate(places)}
+    flat = {n: f"{m[1]}.{number[m[1], int(m[2]), int(m[3])]}.{m[4]}" for n, m in found.items()}
+    return renamed | flat
 
 
 # What is done to a tensor on its way into a module.
