@@ -15,6 +15,7 @@ from mlx_wan.models.autoencoder import WanVAE
 from mlx_wan.models.clip import ImageEncoder
 from mlx_wan.models.transformer import WanTransformer
 from mlx_wan.models.umt5 import UMT5Encoder
+from mlx_wan.parallel.plan import ALONE, Parallel
 from mlx_wan.sampling import Condition, Expert, denoise, initial_noise
 from mlx_wan.schedulers import Scheduler, make_scheduler
 from mlx_wan.schedulers.flow import TRAIN_TIMESTEPS
@@ -22,8 +23,6 @@ from mlx_wan.text import Tokenizer, clean_prompt
 from mlx_wan.weights.load import (
     Checkpoint,
     load_image_encoder,
-    load_text_encoder,
-    load_transformer,
     load_vae,
     locate,
     tokenizer_path,
@@ -93,9 +92,16 @@ class WanPipeline:
         scheduler: of the last call; before it, the default one.
     """
 
-    def __init__(self, checkpoint: Checkpoint, dtype: mx.Dtype, low_memory: bool, keep_both_experts: bool = False):
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        dtype: mx.Dtype,
+        low_memory: bool,
+        keep_both_experts: bool = False,
+        parallel: Parallel = ALONE,
+    ):
         self.checkpoint, self.dtype, self.low_memory = checkpoint, dtype, low_memory
-        self.keep_both_experts = keep_both_experts
+        self.keep_both_experts, self.parallel = keep_both_experts, parallel
         spec = checkpoint.spec
         self.scheduler = make_scheduler(spec.scheduler, spec.num_inference_steps, spec.shift)
         self.tokenizer = Tokenizer(tokenizer_path(checkpoint), checkpoint.transformer_config.text_len)
@@ -111,6 +117,7 @@ class WanPipeline:
         dtype: mx.Dtype | None = None,
         low_memory: bool | None = None,
         keep_both_experts: bool = False,
+        parallel: Parallel = ALONE,
     ) -> "WanPipeline":
         """The pipeline of a checkpoint folder, a Hub id such as "Wan-AI/Wan2.2-TI2V-5B", or "tiny".
 
@@ -119,6 +126,8 @@ class WanPipeline:
             dtype: mx.float32, mx.bfloat16 or mx.float16; None means bfloat16 on a GPU and float32 on the CPU.
             low_memory: None decides: yes if all that would be in memory together takes over half of it.
             keep_both_experts: of a model with two, instead of loading the other when its turn comes.
+            parallel: this process's part where several make one video (docs/distributed.md). All must do the same
+                with the same arguments; all get the latents, and the first one alone the frames.
 
         Raises:
             UserError: there is nothing at `path`, or `dtype` is another.
@@ -133,7 +142,7 @@ class WanPipeline:
             }
             size = sum(info.nbytes for part in parts.values() for info in part.tensors.values())
             low_memory = size > backend.total_memory() / 2
-        return cls(checkpoint, dtype, low_memory, keep_both_experts)
+        return cls(checkpoint, dtype, low_memory, keep_both_experts, parallel)
 
     @property
     def spec(self) -> ModelSpec:
@@ -156,7 +165,7 @@ class WanPipeline:
         if part not in self._transformers:
             if not self.keep_both_experts:
                 self._release_transformers()
-            self._transformers[part] = load_transformer(self.checkpoint, self.dtype, part)
+            self._transformers[part] = self.parallel.load_transformer(self.checkpoint, self.dtype, part)
         return self._transformers[part]
 
     def _release_transformers(self) -> None:
@@ -167,7 +176,7 @@ class WanPipeline:
     def text_encoder(self) -> UMT5Encoder:
         """(ids (B,L), mask (B,L)) -> (B,L,text_dim)."""
         if self._text_encoder is None:
-            self._text_encoder = load_text_encoder(self.checkpoint, self.dtype)
+            self._text_encoder = self.parallel.load_text_encoder(self.checkpoint, self.dtype)
         return self._text_encoder
 
     @property
@@ -291,13 +300,14 @@ class WanPipeline:
             context,
             negative,
             condition,
+            self.parallel.passes,
         )
         for index, latents in enumerate(steps, start=1):
             yield Event("denoise", index, total, latents)
         if self.low_memory:
             self._release_transformers()  # the generator kept none
         yield Event("latents", 1, 1, latents)
-        if decode:
+        if decode and self.parallel.is_first:
             for index, piece in enumerate(self.vae.stream_decode(latents), start=1):
                 if mx.isnan(piece).any().item():
                     raise WanError(f"piece {index} of the decoded video is NaN: check the checkpoint's VAE")

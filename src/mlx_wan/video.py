@@ -107,6 +107,10 @@ class VideoWriter:
         finally:
             self._temporary.unlink(missing_ok=True)
 
+    def discard(self) -> None:
+        """Removes the unfinished file, for a process that ends where no context manager is left."""
+        self._temporary.unlink(missing_ok=True)
+
     def _start(self, height: int, width: int) -> Any:
         if height % 2 or width % 2:
             raise UserError(f"{self.path}: {width}x{height} has an odd side, which H.264 video cannot have")

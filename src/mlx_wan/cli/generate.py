@@ -5,6 +5,7 @@ with a request is found out before weights are loaded.
 """
 
 import argparse
+import contextlib
 import math
 import re
 import secrets
@@ -15,10 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_wan import backend
 from mlx_wan.cli.progress import Progress
+from mlx_wan.cli.ranks import Crew, add_sharing_flags, together
 from mlx_wan.errors import UserError
 from mlx_wan.zoo import MODELS
 
 if TYPE_CHECKING:
+    from mlx_wan.parallel.plan import Parallel
     from mlx_wan.pipeline import Event
     from mlx_wan.video import VideoWriter
     from mlx_wan.weights.checkpoint import Checkpoint, Component
@@ -70,6 +73,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         action="store_true",
         help="keep both experts of an A14B model in memory, instead of loading the second when its turn comes",
     )
+    add_sharing_flags(parser)
     old = parser.add_argument_group("accepted from the official script, without effect here")
     old.add_argument("--offload_model", nargs="?", const=True, type=_boolean, metavar="BOOL", help="memory is shared")
     old.add_argument("--t5_cpu", action="store_true", help="memory is shared, and the text encoder freed after use")
@@ -98,12 +102,17 @@ def _guidance(text: str) -> float | tuple[float, ...]:
 def run(args: argparse.Namespace) -> None:
     """Check the request, make the video, and print where it is and what it took."""
     _check_flags(args)
+    with together(args) as args.crew:
+        _generate(args, args.crew)
+
+
+def _generate(args: argparse.Namespace, crew: Crew) -> None:
     from mlx_wan.video import check_writable, read_image
     from mlx_wan.weights.locate import locate
 
     image = read_image(args.image) if args.image else None
     last = read_image(args.last_frame) if args.last_frame else None
-    if args.save_file:
+    if args.save_file and crew.is_first:
         check_writable(args.save_file)
     checkpoint = locate(args.ckpt_dir or "tiny")
     _check_task(args.task, checkpoint)
@@ -112,8 +121,11 @@ def run(args: argparse.Namespace) -> None:
         _note("no --ckpt_dir: the small embedded model draws this (coloured shapes that move)")
     options = _options(args, checkpoint, image) | ({} if last is None else {"last_image": last})
     path = Path(args.save_file) if args.save_file else _free_name(args.prompt, checkpoint.spec.name, options)
-    check_writable(path)
-    _check_memory(checkpoint, args.dtype, args.keep_both_experts)
+    options["seed"] = crew.same_seed(options["seed"], drawn=args.base_seed < 0)
+    crew.agree(checkpoint, {"prompt": args.prompt, "--dtype": args.dtype, **options})
+    if crew.is_first:
+        check_writable(path)
+    _check_memory(checkpoint, args.dtype, args.keep_both_experts, crew.parallel)
     _say_what_is_pointless(args)
     seconds = _make(args, checkpoint, options, path)
     print(path)
@@ -135,19 +147,25 @@ def _make(args: argparse.Namespace, checkpoint: "Checkpoint", options: dict[str,
         progress.stage("load")
         dtype = getattr(mx, args.dtype) if args.dtype else None
         both = args.keep_both_experts
-        pipe = mlx_wan.WanPipeline.from_pretrained(checkpoint.folder, dtype=dtype, keep_both_experts=both)
+        pipe = mlx_wan.WanPipeline.from_pretrained(
+            checkpoint.folder, dtype=dtype, keep_both_experts=both, parallel=args.crew.parallel
+        )
         if not pipe.low_memory:  # else each part is loaded in the stage that needs it
             _ = pipe.text_encoder, pipe.vae, both and pipe.transformer_2, pipe.transformer
         events = pipe.stream(args.prompt, **options)
         metadata = _facts(args, checkpoint, options, str(pipe.dtype))
-        with VideoWriter(path, args.fps or checkpoint.spec.fps, metadata=metadata) as writer:
+        with contextlib.ExitStack() as stack:
+            writer = None
+            if args.crew.is_first:
+                writer = stack.enter_context(VideoWriter(path, args.fps or checkpoint.spec.fps, metadata=metadata))
+                args.crew.on_stop(writer.discard)
             progress.stage("text")
             for event in events:
                 _follow(event, progress, writer, with_image=args.image is not None)
     return progress.seconds
 
 
-def _follow(event: "Event", progress: Progress, writer: "VideoWriter", with_image: bool) -> None:
+def _follow(event: "Event", progress: Progress, writer: "VideoWriter | None", with_image: bool) -> None:
     """An event says what is finished: show what comes next, and write frames as they come."""
     if event.stage == "text" and event.index == event.total:
         progress.stage("image" if with_image else "denoise")
@@ -157,7 +175,7 @@ def _follow(event: "Event", progress: Progress, writer: "VideoWriter", with_imag
         progress.step_done()
     elif event.stage == "latents":
         progress.stage("decode")
-    elif event.stage == "frames":
+    elif event.stage == "frames" and writer is not None:
         writer.write(event.value)
         progress.piece_done()
 
@@ -257,7 +275,7 @@ def _free_name(prompt: str, model: str, options: dict[str, Any]) -> Path:
     return path
 
 
-def _check_memory(checkpoint: "Checkpoint", dtype: str | None, both_experts: bool) -> None:
+def _check_memory(checkpoint: "Checkpoint", dtype: str | None, both_experts: bool, parallel: "Parallel") -> None:
     """Refuse a model whose weights alone are more than the memory; warn when they leave little of it.
 
     The text encoder is freed before the transformer comes, and the VAE stays with either. Of two experts one is
@@ -265,14 +283,19 @@ def _check_memory(checkpoint: "Checkpoint", dtype: str | None, both_experts: boo
     """
     size = DTYPE_BYTES[dtype or str(backend.default_dtype()).removeprefix("mlx.core.")]
     vae = _weight_bytes(checkpoint.vae, 4)
-    experts = [_weight_bytes(part, size) for name, part in checkpoint.parts.items() if name.startswith("transformer")]
-    needed = vae + max(_weight_bytes(checkpoint.text_encoder, size), sum(experts) if both_experts else max(experts))
+    experts = [
+        _weight_bytes(part, size) * parallel.share_of_transformer
+        for name, part in checkpoint.parts.items()
+        if name.startswith("transformer")
+    ]
+    text_encoder = _weight_bytes(checkpoint.text_encoder, size) * parallel.share_of_text_encoder
+    needed = vae + max(text_encoder, sum(experts) if both_experts else max(experts))
     total = backend.total_memory()
     sizes = f"the weights take {needed / 2**30:.1f} GiB of {total / 2**30:.1f} GiB of memory"
     if needed > total:
         raise UserError(
-            f"{checkpoint.folder}: {sizes}; convert the model to fewer bits first (mlx-wan convert -q 8) "
-            "or use a larger machine"
+            f"{checkpoint.folder}: {sizes}; convert the model to fewer bits first (mlx-wan convert -q 8), "
+            "spread it over several machines (--dit_fsdp --t5_fsdp), or use a larger one"
         )
     if needed > 0.75 * total:
         _note(f"{sizes}: it may not be enough")

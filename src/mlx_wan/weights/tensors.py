@@ -48,6 +48,7 @@ class TensorInfo:
         nbytes: size of its values in bytes.
         file: where it is.
         load: reads the values. Raises CheckpointError for types that are only described (8-bit floats).
+        load_rows: reads some rows of the first dimension, from the first to before the last; None if the file cannot.
     """
 
     name: str
@@ -56,6 +57,11 @@ class TensorInfo:
     nbytes: int
     file: Path
     load: Callable[[], mx.array]
+    load_rows: Callable[[int, int], mx.array] | None = None
+
+    def rows(self, start: int, stop: int) -> mx.array:
+        """`load()[start:stop]`, reading no more than that where the file allows it."""
+        return self.load()[start:stop] if self.load_rows is None else self.load_rows(start, stop)
 
 
 def mapped_tensor(
@@ -77,13 +83,17 @@ def mapped_tensor(
     """
     if any(n >= 2**31 for n in shape):
         raise CheckpointError(f"{file}: tensor {name} has an impossible shape {shape}")
+    steps, size = strides or row_major(shape), DTYPES[dtype][0]
     return TensorInfo(
         name=name,
         shape=shape,
         dtype=dtype,
-        nbytes=math.prod(shape) * DTYPES[dtype][0],
+        nbytes=math.prod(shape) * size,
         file=file,
         load=lambda: _read(name, shape, dtype, file, offset, strides),
+        load_rows=lambda start, stop: _read(
+            name, (stop - start, *shape[1:]), dtype, file, offset + start * steps[0] * size, steps
+        ),
     )
 
 

@@ -1,0 +1,60 @@
+"""Meeting the other ranks, and what must be the same in all of them before the work begins."""
+
+import hashlib
+import os
+import subprocess
+import sys
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_wan.errors import UserError
+from mlx_wan.weights.checkpoint import Checkpoint
+
+MEETING = 30.0  # seconds in which all ranks must have come
+# What launchers set for the processes they start: mlx.launch for ring, JACCL and NCCL, mpirun of two families.
+LAUNCHED = ("MLX_RANK", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+
+# MLX waits for the other ranks for ever, and holds the interpreter while it does: no thread and no signal handler of
+# this process would get its turn. So a second process waits for a sign that all have met, and ends this one without it.
+_WATCH = """
+import os, select, sys
+pid, seconds = int(sys.argv[1]), float(sys.argv[2])
+if not select.select([0], [], [], seconds)[0]:
+    sys.stderr.write(f"error: not all ranks came together within {seconds:g} s: look at what the others say\\n")
+    os.kill(pid, 9)
+"""
+
+
+def is_launched() -> bool:
+    """Whether a launcher has started this process as one of several."""
+    return any(name in os.environ for name in LAUNCHED)
+
+
+def meet(seconds: float = MEETING) -> mx.distributed.Group:
+    """The group of all ranks; of this process alone if it is the only one. Ends the process if some do not come.
+
+    Raises UserError if the backend refuses.
+    """
+    command = [sys.executable, "-I", "-S", "-c", _WATCH, str(os.getpid()), str(seconds)]
+    watch = subprocess.Popen(command, stdin=subprocess.PIPE)
+    try:
+        return mx.distributed.init(strict=is_launched())
+    except RuntimeError as error:
+        raise UserError(f"the processes cannot be connected: {error}") from None
+    finally:
+        watch.communicate()  # closes its input, which is the sign
+
+
+def model_facts(checkpoint: Checkpoint) -> str:
+    """A short hash of a checkpoint's config.json, its tensors' names, shapes and types, and the first row of each.
+
+    Read in a moment, and different for two models of one shape; damage elsewhere in a file does not show in it.
+    """
+    digest = hashlib.sha256(repr(sorted(checkpoint.config.items())).encode())
+    for name, part in sorted(checkpoint.parts.items()):
+        for info in sorted(part.tensors.values(), key=lambda info: info.name):
+            digest.update(f"{name} {info.name} {info.shape} {info.dtype}".encode())
+            row = info.rows(0, 1) if info.shape and info.shape[0] else info.load()
+            digest.update(np.array(mx.view(row, mx.uint8)).tobytes())
+    return digest.hexdigest()[:16]
