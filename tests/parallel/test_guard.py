@@ -58,6 +58,16 @@ def test_a_rank_that_never_comes_ends_those_that_wait(tmp_path):
     assert time.monotonic() - start < 15
 
 
+def test_one_process_of_a_launcher_is_alone(tmp_path, monkeypatch):
+    hosts = tmp_path / "hosts.json"
+    hosts.write_text("\n")  # what mlx.launch -n 1 makes
+    monkeypatch.setenv("MLX_RANK", "0")
+    monkeypatch.setenv("MLX_HOSTFILE", str(hosts))
+    assert not world.is_launched()
+    hosts.write_text('[["127.0.0.1:1"], ["127.0.0.1:2"]]')
+    assert world.is_launched()
+
+
 def test_meeting_alone_takes_no_time():
     code = "from mlx_wan.parallel.world import is_launched, meet; print(is_launched(), meet(1.0).size())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20)

@@ -76,8 +76,8 @@ def test_another_model_is_named(folder, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--ulysses_size 2", "--ulysses_size 2 needs 2 processes and there is 1: start them with mlx.launch -n 2"),
-        ("--cfg_parallel", "--ulysses_size 1 --cfg_parallel needs 2 processes and there is 1"),
+        ("--ulysses_size 2", "--ulysses_size 2 is for 2 processes (mlx.launch -n 2) and there is 1"),
+        ("--cfg_parallel", "--ulysses_size 1 --cfg_parallel is for 2 processes (mlx.launch -n 2) and there is 1"),
         ("--ulysses_size 0", "--ulysses_size 0: must be at least 1"),
     ],
 )

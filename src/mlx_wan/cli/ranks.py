@@ -86,12 +86,16 @@ def together(args: argparse.Namespace) -> Iterator[Crew]:
     if not is_launched():
         yield Crew(Parallel(None, **sharing) if any(sharing.values()) else ALONE)
         return
-    from mlx_wan.parallel.guard import Guard, check_agreement
+    from mlx_wan.parallel.guard import DisagreementError, Guard, check_agreement
 
     world = meet()
     with Guard(world) as guard, _quiet(world.rank() > 0):
         check_agreement(world, {f"--{name}": str(value) for name, value in sharing.items()}, guard.hosts)
-        yield Crew(Parallel(world, **sharing), world, guard)
+        try:
+            parallel = Parallel(world, **sharing)
+        except UserError as error:
+            raise DisagreementError(str(error)) from None  # all processes find the same
+        yield Crew(parallel, world, guard)
 
 
 @contextlib.contextmanager

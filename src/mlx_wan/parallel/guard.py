@@ -30,7 +30,7 @@ ADDRESSES = ("NCCL_HOST_IP", "MLX_JACCL_COORDINATOR", "MASTER_ADDR")
 
 
 class DisagreementError(UserError):
-    """Ranks were given different things; every rank has found that out by itself."""
+    """What every rank finds by itself at the same time: they were given different things, or what does not fit."""
 
 
 def tell(world: mx.distributed.Group, text: str) -> list[str]:

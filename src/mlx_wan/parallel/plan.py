@@ -44,8 +44,9 @@ class Parallel:
         if ulysses_size * groups != self.size:
             needed = f"--ulysses_size {ulysses_size}{' --cfg_parallel' if cfg_parallel else ''}"
             raise UserError(
-                f"{needed} needs {ulysses_size * groups} processes and there {'is' if self.size == 1 else 'are'} "
-                f"{self.size}: start them with mlx.launch -n {ulysses_size * groups}, or share by other numbers"
+                f"{needed} is for {ulysses_size * groups} processes (mlx.launch -n {ulysses_size * groups}) and there "
+                f"{'is' if self.size == 1 else 'are'} {self.size}: processes that share tokens, times two with "
+                "--cfg_parallel, must be as many as there are"
             )
         group, member = divmod(self.rank, ulysses_size)
         everybody = Team(world)

@@ -4,6 +4,7 @@ import hashlib
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -27,7 +28,10 @@ if not select.select([0], [], [], seconds)[0]:
 
 
 def is_launched() -> bool:
-    """Whether a launcher has started this process as one of several."""
+    """Whether a launcher has started this process, as one of several or ready to be."""
+    hosts = os.environ.get("MLX_HOSTFILE")
+    if hosts and os.path.isfile(hosts) and not Path(hosts).read_text().strip():
+        return False  # mlx.launch -n 1 names an empty list, which MLX itself stumbles over
     return any(name in os.environ for name in LAUNCHED)
 
 
