@@ -245,7 +245,7 @@ def test_an_untrained_size_gets_a_note_not_a_refusal(requests, monkeypatch):
     from mlx_wan.weights import locate as module
 
     original = module.locate
-    trained = lambda where: replace(found := original(where), spec=replace(found.spec, sizes=((1280, 704),)))  # noqa: E731
+    trained = lambda *a, **k: replace(found := original(*a, **k), spec=replace(found.spec, sizes=((1280, 704),)))  # noqa: E731
     monkeypatch.setattr(module, "locate", trained)
     assert requests("")[3] == ""
     code, options, _, err = requests("--size 96*64")

@@ -11,10 +11,12 @@ import re
 import secrets
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_wan import backend
+from mlx_wan.cli.fuse import add_lora_flags, parse_loras
 from mlx_wan.cli.progress import Progress
 from mlx_wan.cli.ranks import Crew, add_sharing_flags, together
 from mlx_wan.errors import UserError
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 SUMMARY = "make a video from a prompt, or from a prompt and a picture"
 TASKS = tuple(name for name, spec in MODELS.items() if spec.hub_id)
 OTHER_TASKS = ("animate-14B", "s2v-14B")
+FILES = ("transformer", "transformer_2", "text_encoder", "image_encoder", "vae", "tokenizer")
 SOLVERS = ("unipc", "dpm++", "euler")
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 LARGEST_SEED = 2**63 - 1
@@ -55,7 +58,11 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     model.add_argument(
         "--ckpt_dir", "--model", metavar="DIR", help="model folder or Hub id (default: the small embedded model)"
     )
+    for part in FILES:
+        model.add_argument(f"--{part}", metavar="FILE", help=f"a {part.replace('_', ' ')} in place of the folder's own")
     model.add_argument("--dtype", choices=tuple(DTYPE_BYTES), help="of weights and products (default: by device)")
+    add_lora_flags(model)
+    model.add_argument("--fuse", action="store_true", help="add the LoRAs to the weights instead of beside them")
     how = parser.add_argument_group("how (defaults: the model's own)")
     how.add_argument("--base_seed", "--seed", type=int, default=-1, metavar="N", help="-1 for a random one")
     how.add_argument("--sample_solver", "--scheduler", choices=SOLVERS, help="the sampler")
@@ -114,18 +121,22 @@ def _generate(args: argparse.Namespace, crew: Crew) -> None:
     last = read_image(args.last_frame) if args.last_frame else None
     if args.save_file and crew.is_first:
         check_writable(args.save_file)
-    checkpoint = locate(args.ckpt_dir or "tiny")
+    files = {part: getattr(args, part) for part in FILES}
+    alone = not args.ckpt_dir and not any(files.values())
+    checkpoint = locate("tiny" if alone else args.ckpt_dir, task=args.task, **files)
     _check_task(args.task, checkpoint)
     checkpoint.spec.check_pictures(image is not None, last is not None)
-    if not args.ckpt_dir:
+    if alone:
         _note("no --ckpt_dir: the small embedded model draws this (coloured shapes that move)")
     options = _options(args, checkpoint, image) | ({} if last is None else {"last_image": last})
     path = Path(args.save_file) if args.save_file else _free_name(args.prompt, checkpoint.spec.name, options)
     options["seed"] = crew.same_seed(options["seed"], drawn=args.base_seed < 0)
-    crew.agree(checkpoint, {"prompt": args.prompt, "--dtype": args.dtype, **options})
+    loras = [lora.facts() for lora in parse_loras(args)]
+    crew.agree(checkpoint, {"prompt": args.prompt, "--dtype": args.dtype, "LoRAs": loras, **options})
     if crew.is_first:
         check_writable(path)
     _check_memory(checkpoint, args.dtype, args.keep_both_experts, crew.parallel)
+    _check_loras(args, checkpoint)
     _say_what_is_pointless(args)
     seconds = _make(args, checkpoint, options, path)
     print(path)
@@ -146,12 +157,16 @@ def _make(args: argparse.Namespace, checkpoint: "Checkpoint", options: dict[str,
     with Progress(options["num_inference_steps"], pieces) as progress:
         progress.stage("load")
         dtype = getattr(mx, args.dtype) if args.dtype else None
-        both = args.keep_both_experts
-        pipe = mlx_wan.WanPipeline.from_pretrained(
-            checkpoint.folder, dtype=dtype, keep_both_experts=both, parallel=args.crew.parallel
-        )
+        both, parallel = args.keep_both_experts, args.crew.parallel
+        pipe = mlx_wan.WanPipeline.from_pretrained(checkpoint, dtype=dtype, keep_both_experts=both, parallel=parallel)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # _check_loras has said it
+            for lora in parse_loras(args):
+                pipe.load_lora_weights(lora.path, scale=lora.scale, expert=lora.expert)
+        if args.fuse:
+            pipe.fuse_lora()
         if not pipe.low_memory:  # else each part is loaded in the stage that needs it
-            _ = pipe.text_encoder, pipe.vae, both and pipe.transformer_2, pipe.transformer
+            _ = pipe.text_encoder, pipe.vae, args.keep_both_experts and pipe.transformer_2, pipe.transformer
         events = pipe.stream(args.prompt, **options)
         metadata = _facts(args, checkpoint, options, str(pipe.dtype))
         with contextlib.ExitStack() as stack:
@@ -185,9 +200,12 @@ def _follow(event: "Event", progress: Progress, writer: "VideoWriter | None", wi
 
 def _check_flags(args: argparse.Namespace) -> None:
     """What can be judged without knowing the model."""
-    for flag in ("image", "last_frame", "save_file", "ckpt_dir"):
+    for flag in ("image", "last_frame", "save_file", "ckpt_dir", *FILES):
         if getattr(args, flag) == "":  # an unset variable of a script: no reason to do something else silently
             raise UserError(f"--{flag} is empty; give a name, or leave the flag out")
+    loras = parse_loras(args)
+    if args.fuse and not loras:
+        raise UserError("--fuse: there is no --lora to fuse")
     if args.task is not None and args.task not in TASKS:
         what = "is not supported" if args.task in OTHER_TASKS else "is unknown"
         raise UserError(f"--task {args.task} {what}; use one of {', '.join(TASKS)}")
@@ -301,6 +319,22 @@ def _check_memory(checkpoint: "Checkpoint", dtype: str | None, both_experts: boo
         _note(f"{sizes}: it may not be enough")
 
 
+def _check_loras(args: argparse.Namespace, checkpoint: "Checkpoint") -> None:
+    """Read the LoRAs' headers before any weight, and say what of them finds no place."""
+    if not (loras := parse_loras(args)):
+        return
+    from mlx_wan.lora.fuse import QUANTIZED, expert_part
+    from mlx_wan.lora.load import read_lora, transformer_shapes
+
+    if args.fuse and checkpoint.quantization is not None:
+        raise UserError(QUANTIZED)
+    shapes = transformer_shapes(checkpoint.transformer_config)
+    for path, _, expert in loras:
+        expert_part(checkpoint, expert)
+        if (lora := read_lora(path, shapes)).note:
+            _note(str(lora.note))
+
+
 def _weight_bytes(part: "Component", size: int) -> int:
     """Memory of a component whose floating-point tensors are loaded with `size` bytes an element."""
     return sum(math.prod(info.shape) * size if "float" in info.dtype else info.nbytes for info in part.tensors.values())
@@ -313,6 +347,8 @@ def _facts(args: argparse.Namespace, checkpoint: "Checkpoint", options: dict[str
     files = {"image": args.image, "last_image": args.last_frame}
     picture = {name: Path(file).name for name, file in files.items() if file}
     settings = {name: value for name, value in options.items() if name not in files}
+    if loras := parse_loras(args):
+        settings["loras"] = [lora.facts() for lora in loras]
     model = {"model": checkpoint.spec.name, "dtype": dtype.removeprefix("mlx.core.")}
     return {"prompt": args.prompt, **picture, **settings, **model, "mlx_wan": mlx_wan.__version__}
 

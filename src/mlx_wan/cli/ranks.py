@@ -59,9 +59,9 @@ class Crew:
             return
         import mlx_wan
         from mlx_wan.parallel.guard import check_agreement
-        from mlx_wan.parallel.world import model_facts
+        from mlx_wan.parallel.world import model_fingerprint
 
-        facts = {"version of mlx-wan": mlx_wan.__version__, "model": model_facts(checkpoint)}
+        facts = {"version of mlx-wan": mlx_wan.__version__, "model": model_fingerprint(checkpoint)}
         facts |= {name: _short(value) for name, value in values.items()}
         check_agreement(self.world, facts, self.guard.hosts)
 

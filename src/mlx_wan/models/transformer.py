@@ -13,6 +13,7 @@ from functools import lru_cache
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.nn.utils import checkpoint
 
 from .layers import GELU, SiLU, attend, run_layers
 from .share import ALL, Share, everything
@@ -116,12 +117,16 @@ def gated_add(x: mx.array, y: mx.array, gate: mx.array) -> mx.array:
 
 
 class Attention(nn.Module):
-    """Self- or cross-attention with RMS-normalised queries and keys."""
+    """Self- or cross-attention with RMS-normalised queries and keys.
+
+    Attributes:
+        in_pieces: for training: see `attend`.
+    """
 
     def __init__(self, config: TransformerConfig, dtype: mx.Dtype):
         super().__init__()
         dim = config.dim
-        self.dtype, self.num_heads = dtype, config.num_heads
+        self.dtype, self.num_heads, self.in_pieces = dtype, config.num_heads, False
         self.scale = (dim // config.num_heads) ** -0.5
         self.q = nn.Linear(dim, dim)
         self.k = nn.Linear(dim, dim)
@@ -143,7 +148,7 @@ class Attention(nn.Module):
         if rope is not None:
             q, k = rotate(q, *rope, self.num_heads), rotate(k, *rope, self.num_heads)
         k, v = share.gather(k.astype(self.dtype), self.v(context))
-        return self.o(attend(q.astype(self.dtype), k, v, self.num_heads, self.scale))
+        return self.o(attend(q.astype(self.dtype), k, v, self.num_heads, self.scale, in_pieces=self.in_pieces))
 
 
 class ImageCrossAttention(Attention):
@@ -277,12 +282,15 @@ class WanTransformer(nn.Module):
         config: dimensions.
         dtype: what attention and feed-forward matmuls compute in; their weights should have it too.
 
-    `share_of` says which tokens of a grid are computed here; several processes share a call by replacing it.
+    Attributes:
+        share_of: which tokens of a grid are computed here; several processes share a call by replacing it.
+        checkpointing: for training: a block keeps only its input, and is computed again when its gradient is.
+            `save_memory` sets it.
     """
 
     def __init__(self, config: TransformerConfig, dtype: mx.Dtype = mx.float32):
         super().__init__()
-        self.config, self.dtype = config, dtype
+        self.config, self.dtype, self.checkpointing = config, dtype, False
         self.share_of = everything
         self.patch_embedding = PatchEmbedding(config, dtype)
         self.text_embedding = [
@@ -328,8 +336,15 @@ class WanTransformer(nn.Module):
         context = run_layers(self.text_embedding, context.astype(self.dtype))
         cos, sin = (share.take(table[None])[0] for table in rope_table(grid, config.dim // config.num_heads))
         for block in self.blocks:
-            x = block(x, context, modulation, (cos, sin), image, share)
+            run = checkpoint(block) if self.checkpointing else block
+            x = run(x, context, modulation, (cos, sin), image, share)
         return unpatchify(share.join(self.head(x, time)), grid, config.patch_size)
+
+    def save_memory(self, on: bool) -> None:
+        """For training: every block, and within it the scores of attention, is computed again instead of kept."""
+        self.checkpointing = on
+        for block in self.blocks:
+            block.self_attn.in_pieces = block.cross_attn.in_pieces = on
 
     def token_grid(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
         """Tokens along time, height and width for latents of `shape` (B, t, h, w, C)."""

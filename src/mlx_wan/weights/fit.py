@@ -1,5 +1,6 @@
 """The tensors of a checkpoint as our modules take them: renamed, turned, of the right type, and complete."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -18,7 +19,7 @@ from mlx_wan.weights.checkpoint import Checkpoint, Component
 from mlx_wan.weights.identify import LABELS
 from mlx_wan.weights.layouts import KEEP, plan_turns, turn
 from mlx_wan.weights.quantize import quantize_module
-from mlx_wan.weights.tensors import DTYPES, TensorInfo, dtype_name
+from mlx_wan.weights.tensors import DTYPES, ByRows, TensorInfo, dtype_name
 
 SHOWN = 4  # tensors listed of each kind in an error
 
@@ -80,7 +81,7 @@ def _check(part: Component, component: str, parameters: Mapping[str, mx.array], 
             if name in parameters and name not in plan
         ],
         "of a wrong type": [
-            f"{name} {info.dtype}"
+            f"{name} {info.stored}"
             for name, info in part.tensors.items()
             if name in parameters and not _loadable(info, parameters[name])
         ],
@@ -112,20 +113,20 @@ def _target(component: str, name: str, info: TensorInfo, dtype: mx.Dtype | None)
     always = component == "transformer" and any(fragment in name for fragment in FLOAT32_PARAMETERS)
     if always or component == "vae":
         return mx.float32
-    return dtype or stored
+    return dtype or (mx.bfloat16 if info.packed else stored)
 
 
 def _fitted(info: TensorInfo, name: str, way: str, shape: tuple[int, ...], dtype: mx.Dtype) -> TensorInfo:
     type_name = dtype_name(dtype)
     size = DTYPES[type_name][0]
-    count = info.nbytes // DTYPES[info.dtype][0]
+    count = math.prod(info.shape)
     load = info.load
 
     def fitted() -> mx.array:
         return turn(load(), way, shape).astype(dtype)
 
-    def fitted_rows(start: int, stop: int) -> mx.array:
+    def rows(start: int, stop: int) -> mx.array:
         return info.rows(start, stop).astype(dtype)
 
-    rows = fitted_rows if way == KEEP else None  # a turned tensor's rows are not the file's
-    return replace(info, name=name, shape=shape, dtype=type_name, nbytes=count * size, load=fitted, load_rows=rows)
+    read = ByRows(fitted, rows) if way == KEEP else fitted  # a turned tensor's rows are not the file's
+    return replace(info, name=name, shape=shape, dtype=type_name, nbytes=count * size, load=read, packed="")
