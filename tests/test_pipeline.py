@@ -13,6 +13,7 @@ from PIL import Image
 import mlx_wan
 from mlx_wan import pipeline
 from mlx_wan.errors import UserError, WanError
+from mlx_wan.parallel import plan
 
 SMALL = {"width": 64, "height": 32, "num_frames": 5, "num_inference_steps": 2}
 
@@ -203,8 +204,8 @@ def watched(pipe, **options):
 
 def test_one_expert_is_in_memory_at_a_time_and_they_change_places_once(experts, monkeypatch):
     loads = []
-    load = pipeline.load_transformer
-    monkeypatch.setattr(pipeline, "load_transformer", lambda *args: loads.append(args[2]) or load(*args))
+    load = plan.load_transformer
+    monkeypatch.setattr(plan, "load_transformer", lambda *args: loads.append(args[2]) or load(*args))
     pipe = mlx_wan.WanPipeline.from_pretrained(experts, low_memory=False)
     during, after = watched(pipe)
     high, low = {"transformer"}, {"transformer_2"}

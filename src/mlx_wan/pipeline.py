@@ -18,6 +18,7 @@ from mlx_wan.models.autoencoder import WanVAE
 from mlx_wan.models.clip import ImageEncoder
 from mlx_wan.models.transformer import WanTransformer
 from mlx_wan.models.umt5 import UMT5Encoder
+from mlx_wan.parallel.plan import ALONE, Parallel
 from mlx_wan.sampling import Condition, Expert, denoise, initial_noise
 from mlx_wan.schedulers import Scheduler, make_scheduler
 from mlx_wan.schedulers.flow import TRAIN_TIMESTEPS
@@ -25,8 +26,6 @@ from mlx_wan.text import Tokenizer, clean_prompt
 from mlx_wan.weights.load import (
     Checkpoint,
     load_image_encoder,
-    load_text_encoder,
-    load_transformer,
     load_vae,
     locate,
 )
@@ -95,9 +94,16 @@ class WanPipeline:
         scheduler: of the last call; before it, the default one.
     """
 
-    def __init__(self, checkpoint: Checkpoint, dtype: mx.Dtype, low_memory: bool, keep_both_experts: bool = False):
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        dtype: mx.Dtype,
+        low_memory: bool,
+        keep_both_experts: bool = False,
+        parallel: Parallel = ALONE,
+    ):
         self.checkpoint, self.dtype, self.low_memory = checkpoint, dtype, low_memory
-        self.keep_both_experts = keep_both_experts
+        self.keep_both_experts, self.parallel = keep_both_experts, parallel
         spec = checkpoint.spec
         self.scheduler = make_scheduler(spec.scheduler, spec.num_inference_steps, spec.shift)
         self.tokenizer = Tokenizer(checkpoint.tokenizer, checkpoint.transformer_config.text_len)
@@ -115,6 +121,7 @@ class WanPipeline:
         low_memory: bool | None = None,
         keep_both_experts: bool = False,
         task: str | None = None,
+        parallel: Parallel = ALONE,
         **files: str | Path | None,
     ) -> "WanPipeline":
         """The pipeline of a checkpoint folder, a Hub id such as "Wan-AI/Wan2.2-TI2V-5B", or "tiny".
@@ -125,6 +132,8 @@ class WanPipeline:
             low_memory: None decides: yes if all that would be in memory together takes over half of it.
             keep_both_experts: of a model with two, instead of loading the other when its turn comes.
             task: which model it must be, where single files do not tell; "t2v-14B" for instance.
+            parallel: this process's part where several make one video (docs/distributed.md). All must do the same
+                with the same arguments; all get the latents, and the first one alone the frames.
             files: transformer, transformer_2, text_encoder, image_encoder, vae, tokenizer: single files in place of the
                 folder's, or of a folder.
 
@@ -142,7 +151,7 @@ class WanPipeline:
             }
             size = sum(info.nbytes for part in parts.values() for info in part.tensors.values())
             low_memory = size > backend.total_memory() / 2
-        return cls(checkpoint, dtype, low_memory, keep_both_experts)
+        return cls(checkpoint, dtype, low_memory, keep_both_experts, parallel)
 
     @property
     def spec(self) -> ModelSpec:
@@ -165,7 +174,7 @@ class WanPipeline:
         if part not in self._transformers:
             if not self.keep_both_experts:
                 self._release_transformers()
-            transformer = load_transformer(self.checkpoint, self.dtype, part)
+            transformer = self.parallel.load_transformer(self.checkpoint, self.dtype, part)
             self._adapters.install(transformer, part)
             self._transformers[part] = transformer
         return self._transformers[part]
@@ -178,7 +187,7 @@ class WanPipeline:
     def text_encoder(self) -> UMT5Encoder:
         """(ids (B,L), mask (B,L)) -> (B,L,text_dim)."""
         if self._text_encoder is None:
-            self._text_encoder = load_text_encoder(self.checkpoint, self.dtype)
+            self._text_encoder = self.parallel.load_text_encoder(self.checkpoint, self.dtype)
         return self._text_encoder
 
     @property
@@ -309,6 +318,10 @@ class WanPipeline:
             UserError: no such file, not a LoRA, or a name that is taken.
             CheckpointError: the file is damaged, or made for another model.
         """
+        if self.parallel.share_of_transformer < 1:
+            raise UserError(
+                "a LoRA cannot be added to weights that are spread (dit_fsdp); mlx-wan fuse adds it for good"
+            )
         part = expert_part(self.checkpoint, expert)
         lora = read_lora(path, transformer_shapes(self.checkpoint.transformer_config))
         if lora.note:
@@ -371,13 +384,14 @@ class WanPipeline:
             context,
             negative,
             condition,
+            self.parallel.passes,
         )
         for index, latents in enumerate(steps, start=1):
             yield Event("denoise", index, total, latents)
         if self.low_memory:
             self._release_transformers()  # the generator kept none
         yield Event("latents", 1, 1, latents)
-        if decode:
+        if decode and self.parallel.is_first:
             for index, piece in enumerate(self.vae.stream_decode(latents), start=1):
                 if mx.isnan(piece).any().item():
                     raise WanError(f"piece {index} of the decoded video is NaN: check the checkpoint's VAE")

@@ -40,6 +40,19 @@ class Condition:
     image: mx.array | None = None
 
 
+# (velocity for a context, context, negative context) -> both velocities
+Passes = Callable[[Callable[[mx.array], mx.array], mx.array, mx.array], tuple[mx.array, mx.array]]
+
+
+def one_after_the_other(
+    velocity_for: Callable[[mx.array], mx.array], context: mx.array, negative_context: mx.array
+) -> tuple[mx.array, mx.array]:
+    """Both velocities of guidance, computed here."""
+    velocity = velocity_for(context)
+    mx.eval(velocity)  # one pass's activations in memory at a time
+    return velocity, velocity_for(negative_context)
+
+
 def guided_velocity(
     expert: Expert,
     latents: mx.array,
@@ -47,6 +60,7 @@ def guided_velocity(
     context: mx.array,
     negative_context: mx.array,
     image: mx.array | None = None,
+    passes: Passes = one_after_the_other,
 ) -> mx.array:
     """Classifier-free guidance: the velocity away from the negative prompt, towards the prompt.
 
@@ -54,11 +68,13 @@ def guided_velocity(
     """
     transformer, guidance_scale = expert
     known = () if image is None else (image,)
-    velocity = transformer(latents, timesteps, context, *known)
+
+    def velocity_for(context: mx.array) -> mx.array:
+        return transformer(latents, timesteps, context, *known)
+
     if guidance_scale == 1:
-        return velocity
-    mx.eval(velocity)  # one pass's activations in memory at a time
-    negative = transformer(latents, timesteps, negative_context, *known)
+        return velocity_for(context)
+    velocity, negative = passes(velocity_for, context, negative_context)
     return negative + guidance_scale * (velocity - negative)
 
 
@@ -69,6 +85,7 @@ def denoise(
     context: mx.array,
     negative_context: mx.array,
     condition: Condition = Condition(),
+    passes: Passes = one_after_the_other,
 ) -> Generator[mx.array, None, None]:
     """Yields the latents after each step, evaluated and found finite; the last are the result.
 
@@ -77,6 +94,7 @@ def denoise(
             model may leave memory when another takes over.
         noise: (B, t, h, w, C), float32.
         context, negative_context: (B, text_len, text_dim), zeros after the text.
+        passes: how the two velocities of guidance come about.
 
     Raises WanError when a step gives values that are not finite.
     """
@@ -89,7 +107,7 @@ def denoise(
         else:
             timesteps[:, 0] = 0
         inputs = latents if condition.channels is None else mx.concatenate([latents, condition.channels], axis=-1)
-        velocity = guided_velocity(expert_at(t), inputs, timesteps, context, negative_context, condition.image)
+        velocity = guided_velocity(expert_at(t), inputs, timesteps, context, negative_context, condition.image, passes)
         latents, state = scheduler.step(velocity, latents, state)
         latents = _with_first(latents, condition.first_frame)
         mx.eval(latents)

@@ -46,6 +46,9 @@ class AnimationWriter:
             self._frames.append(picture.quantize(colors=256) if self._format == "GIF" else picture)
             self.frames_written += 1
 
+    def discard(self) -> None:
+        """As `VideoWriter.discard`: nothing is on disk before the end."""
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
@@ -105,6 +108,10 @@ class PictureWriter:
             with _named(self.path):
                 Image.fromarray(frame).save(self._folder / self._name(self.frames_written), "PNG", pnginfo=self._info)
 
+    def discard(self) -> None:
+        """As `VideoWriter.discard`."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
@@ -112,7 +119,7 @@ class PictureWriter:
             if kind is None:
                 self._finish()
         finally:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self.discard()
 
     def _name(self, number: int) -> str:
         return self.path.name % number if self._many else self.path.name

@@ -130,6 +130,10 @@ class VideoWriter:
         finally:
             self._temporary.unlink(missing_ok=True)
 
+    def discard(self) -> None:
+        """Removes the unfinished file, for a process that ends where no context manager is left."""
+        self._temporary.unlink(missing_ok=True)
+
     def _start(self, height: int, width: int) -> Any:
         rgb = self._codec.pix_fmt == "rgb24"
         if not rgb and (height % 2 or width % 2):

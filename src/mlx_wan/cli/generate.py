@@ -5,6 +5,7 @@ with a request is found out before weights are loaded.
 """
 
 import argparse
+import contextlib
 import copy
 import math
 import re
@@ -19,6 +20,7 @@ from mlx_wan import backend
 from mlx_wan.cli import report, settings
 from mlx_wan.cli.fuse import add_lora_flags, parse_loras
 from mlx_wan.cli.progress import JsonProgress, Progress
+from mlx_wan.cli.ranks import add_sharing_flags, together
 from mlx_wan.cli.report import note as _note
 from mlx_wan.errors import UserError, WanError
 from mlx_wan.formats import CODEC_NAMES, output_path, settings_path, sibling
@@ -27,6 +29,7 @@ from mlx_wan.zoo import MODELS
 
 if TYPE_CHECKING:
     from mlx_wan.outputs import Writer
+    from mlx_wan.parallel.plan import Parallel
     from mlx_wan.pipeline import Event, WanPipeline
     from mlx_wan.weights.checkpoint import Checkpoint, Component
 
@@ -115,6 +118,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         action="store_true",
         help="keep both experts of an A14B model in memory, instead of loading the second when its turn comes",
     )
+    add_sharing_flags(parser)
     old = parser.add_argument_group("official: accepted from that script, without effect here")
     old.add_argument("--offload_model", nargs="?", const=True, type=_boolean, metavar="BOOL", help="memory is shared")
     old.add_argument("--t5_cpu", action="store_true", help="memory is shared, and the text encoder freed after use")
@@ -153,6 +157,11 @@ class Job:
 
 def run(args: argparse.Namespace) -> int:
     """Check what is asked for, make each video and print where it is and what it took; 1 if one of several failed."""
+    with together(args) as args.crew:
+        return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
     jobs, failed = _batch(args) if args.batch is not None else (_jobs(args, "", set()), 0)
     single, pipelines = len(jobs) == 1 and args.batch is None, Pipelines()
     for number, job in enumerate(jobs, start=1):
@@ -207,9 +216,9 @@ def _jobs(args: argparse.Namespace, name: str, taken: set[Path]) -> list[Job]:
     image = read_image(args.image) if args.image else None
     last = read_image(args.last_frame) if args.last_frame else None
     wanted = output_path(args.save_file) if args.save_file else None
-    if wanted is not None:
+    if wanted is not None and args.crew.is_first:
         check_output(wanted, args.codec)
-    if args.preview is not None and not Path(args.preview).is_dir():
+    if args.preview is not None and args.crew.is_first and not Path(args.preview).is_dir():
         raise UserError(f"--preview {args.preview}: no such folder; create it first")
     files = {part: getattr(args, part) for part in FILES}
     alone = not args.ckpt_dir and not any(files.values())
@@ -219,23 +228,26 @@ def _jobs(args: argparse.Namespace, name: str, taken: set[Path]) -> list[Job]:
     if alone and not args.replay:
         _note("no --ckpt_dir: the small embedded model draws this (coloured shapes that move)")
     settings.compare(args, checkpoint)
-    seeds = args.base_seed or [-1]
+    seeds, loras = args.base_seed or [-1], [lora.facts() for lora in parse_loras(args)]
     jobs = []
     for seed in seeds:
         one = copy.copy(args)
         one.base_seed = seed
         options: dict[str, Any] = _options(one, checkpoint, image) | ({} if last is None else {"last_image": last})
+        options["seed"] = args.crew.same_seed(options["seed"], drawn=seed < 0)
+        args.crew.agree(checkpoint, {"prompt": args.prompt, "--dtype": args.dtype, "LoRAs": loras, **options})
         if wanted is None:
             path = _free_name(args.prompt, checkpoint.spec.name, options, taken)
         else:
             path = wanted if len(seeds) == 1 else sibling(wanted, f"seed{options['seed']}")
-        check_output(path, args.codec, options["num_frames"])
+        if args.crew.is_first:
+            check_output(path, args.codec, options["num_frames"])
         if path in taken:
             raise UserError(f"{path}: is already the file of an earlier video of this command")
         taken.add(path)
         seed_name = f"seed {options['seed']}" if len(seeds) > 1 else ""
         jobs.append(Job(" ".join(filter(None, (name, seed_name))), one, checkpoint, options, path))
-    _check_memory(checkpoint, args.dtype, args.keep_both_experts)
+    _check_memory(checkpoint, args.dtype, args.keep_both_experts, args.crew.parallel)
     _check_loras(args, checkpoint)
     _say_what_is_pointless(args)
     return jobs
@@ -286,8 +298,8 @@ def _load(args: argparse.Namespace, checkpoint: "Checkpoint") -> "WanPipeline":
 
     mx.clear_cache()
     dtype = getattr(mx, args.dtype) if args.dtype else None
-    both = args.keep_both_experts
-    pipe = mlx_wan.WanPipeline.from_pretrained(checkpoint, dtype=dtype, keep_both_experts=both)
+    both, parallel = args.keep_both_experts, args.crew.parallel
+    pipe = mlx_wan.WanPipeline.from_pretrained(checkpoint, dtype=dtype, keep_both_experts=both, parallel=parallel)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # _check_loras has said it
         for lora in parse_loras(args):
@@ -312,24 +324,28 @@ def _make(
     with shown(options["num_inference_steps"], pieces) as progress:
         progress.stage("load")
         pipe = pipelines.get(args, checkpoint)
-        previews = StepPictures(Path(args.preview), path, pipe) if args.preview else None
+        is_first = args.crew.is_first
+        previews = StepPictures(Path(args.preview), path, pipe) if args.preview and is_first else None
         events = pipe.stream(args.prompt, **options)
         fps, dtype = args.fps or checkpoint.spec.fps, str(pipe.dtype).removeprefix("mlx.core.")
         facts = settings.facts(args, checkpoint, options, **args.extended, fps=fps, dtype=dtype)
-        with open_output(path, fps, args.codec, facts) as writer:
+        with contextlib.ExitStack() as stack:
+            writer = stack.enter_context(open_output(path, fps, args.codec, facts)) if is_first else None
+            if writer is not None:
+                args.crew.on_stop(writer.discard)
             progress.stage("text")
             for event in events:
                 if event.stage == "denoise" and previews:
                     previews.write(event.index, event.value)
                 _follow(event, progress, writer, with_image=args.image is not None)
-        if args.save_settings:
+        if args.save_settings and is_first:
             save_settings(settings_path(path), facts)
     return progress.seconds
 
 
 def _extend_prompt(args: argparse.Namespace, pipelines: Pipelines) -> argparse.Namespace:
     """These flags with an extended prompt, and what of that is to be kept in the video."""
-    prompt = pipelines.extended(args)
+    prompt = args.crew.from_first(pipelines.extended(args) if args.crew.is_first else args.prompt)
     if prompt == args.prompt:
         return args
     how = {"method": args.prompt_extend_method, "model": args.prompt_extend_model}
@@ -337,7 +353,7 @@ def _extend_prompt(args: argparse.Namespace, pipelines: Pipelines) -> argparse.N
     return argparse.Namespace(**vars(args) | {"prompt": prompt, "extended": kept})
 
 
-def _follow(event: "Event", progress: Progress, writer: "Writer", with_image: bool) -> None:
+def _follow(event: "Event", progress: Progress, writer: "Writer | None", with_image: bool) -> None:
     """An event says what is finished: show what comes next, and write frames as they come."""
     if event.stage == "text" and event.index == event.total:
         progress.stage("image" if with_image else "denoise")
@@ -347,7 +363,7 @@ def _follow(event: "Event", progress: Progress, writer: "Writer", with_image: bo
         progress.step_done()
     elif event.stage == "latents":
         progress.stage("decode")
-    elif event.stage == "frames":
+    elif event.stage == "frames" and writer is not None:
         writer.write(event.value)
         progress.piece_done()
 
@@ -461,7 +477,7 @@ def _free_name(prompt: str, model: str, options: dict[str, Any], taken: "set[Pat
     return path
 
 
-def _check_memory(checkpoint: "Checkpoint", dtype: str | None, both_experts: bool) -> None:
+def _check_memory(checkpoint: "Checkpoint", dtype: str | None, both_experts: bool, parallel: "Parallel") -> None:
     """Refuse a model whose weights alone are more than the memory; warn when they leave little of it.
 
     The text encoder is freed before the transformer comes, and the VAE stays with either. Of two experts one is
@@ -469,14 +485,19 @@ def _check_memory(checkpoint: "Checkpoint", dtype: str | None, both_experts: boo
     """
     size = DTYPE_BYTES[dtype or str(backend.default_dtype()).removeprefix("mlx.core.")]
     vae = _weight_bytes(checkpoint.vae, 4)
-    experts = [_weight_bytes(part, size) for name, part in checkpoint.parts.items() if name.startswith("transformer")]
-    needed = vae + max(_weight_bytes(checkpoint.text_encoder, size), sum(experts) if both_experts else max(experts))
+    experts = [
+        _weight_bytes(part, size) * parallel.share_of_transformer
+        for name, part in checkpoint.parts.items()
+        if name.startswith("transformer")
+    ]
+    text_encoder = _weight_bytes(checkpoint.text_encoder, size) * parallel.share_of_text_encoder
+    needed = vae + max(text_encoder, sum(experts) if both_experts else max(experts))
     total = backend.total_memory()
     sizes = f"the weights take {needed / 2**30:.1f} GiB of {total / 2**30:.1f} GiB of memory"
     if needed > total:
         raise UserError(
-            f"{checkpoint.folder}: {sizes}; convert the model to fewer bits first (mlx-wan convert -q 8) "
-            "or use a larger machine"
+            f"{checkpoint.folder}: {sizes}; convert the model to fewer bits first (mlx-wan convert -q 8), "
+            "spread it over several machines (--dit_fsdp --t5_fsdp), or use a larger one"
         )
     if needed > 0.75 * total:
         _note(f"{sizes}: it may not be enough")

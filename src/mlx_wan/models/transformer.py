@@ -16,6 +16,7 @@ import numpy as np
 from mlx.nn.utils import checkpoint
 
 from .layers import GELU, SiLU, attend, run_layers
+from .share import ALL, Share, everything
 
 # Parameters that stay float32 whatever the compute dtype: fragments of their names.
 FLOAT32_PARAMETERS = ("time_embedding.", "time_projection.", "modulation", "head.head.", "norm", "img_emb.")
@@ -134,14 +135,20 @@ class Attention(nn.Module):
         self.norm_q = nn.RMSNorm(dim, config.eps) if config.qk_norm else nn.Identity()
         self.norm_k = nn.RMSNorm(dim, config.eps) if config.qk_norm else nn.Identity()
 
-    def __call__(self, x: mx.array, context: mx.array, rope: tuple[mx.array, mx.array] | None = None) -> mx.array:
-        # x: (B, L, C), context: (B, Lk, C), both in self.dtype
+    def __call__(
+        self,
+        x: mx.array,
+        context: mx.array,
+        rope: tuple[mx.array, mx.array] | None = None,
+        share: Share = ALL,
+    ) -> mx.array:
+        # x: (B, L, C), context: (B, Lk, C), both in self.dtype; share: of whose tokens `context` is one
         q = self.norm_q(self.q(x).astype(mx.float32))
         k = self.norm_k(self.k(context).astype(mx.float32))
         if rope is not None:
             q, k = rotate(q, *rope, self.num_heads), rotate(k, *rope, self.num_heads)
-        q, k = q.astype(self.dtype), k.astype(self.dtype)
-        return self.o(attend(q, k, self.v(context), self.num_heads, self.scale, in_pieces=self.in_pieces))
+        k, v = share.gather(k.astype(self.dtype), self.v(context))
+        return self.o(attend(q.astype(self.dtype), k, v, self.num_heads, self.scale, in_pieces=self.in_pieces))
 
 
 class ImageCrossAttention(Attention):
@@ -206,11 +213,13 @@ class Block(nn.Module):
         time: mx.array,
         rope: tuple[mx.array, mx.array],
         image: mx.array | None = None,
+        share: Share = ALL,
     ) -> mx.array:
-        # x: (B, L, C) float32; context: (B, n, C), image: (B, m, C) dtype; time: (B, G, 6, C) float32
+        # x: (B, L, C) float32, of L tokens in the share; context: (B, n, C), image: (B, m, C) dtype;
+        # time: (B, G, 6, C) float32
         shift1, scale1, gate1, shift2, scale2, gate2 = ((self.modulation[:, None] + time)[:, :, i] for i in range(6))
         y = modulate(x, shift1, scale1, self.eps).astype(self.dtype)
-        x = gated_add(x, self.self_attn(y, y, rope), gate1)
+        x = gated_add(x, self.self_attn(y, y, rope, share), gate1)
         y = self.norm3(x).astype(self.dtype)
         if image is not None and isinstance(self.cross_attn, ImageCrossAttention):
             y = self.cross_attn.attend_image(y, context, image)
@@ -274,6 +283,7 @@ class WanTransformer(nn.Module):
         dtype: what attention and feed-forward matmuls compute in; their weights should have it too.
 
     Attributes:
+        share_of: which tokens of a grid are computed here; several processes share a call by replacing it.
         checkpointing: for training: a block keeps only its input, and is computed again when its gradient is.
             `save_memory` sets it.
     """
@@ -281,6 +291,7 @@ class WanTransformer(nn.Module):
     def __init__(self, config: TransformerConfig, dtype: mx.Dtype = mx.float32):
         super().__init__()
         self.config, self.dtype, self.checkpointing = config, dtype, False
+        self.share_of = everything
         self.patch_embedding = PatchEmbedding(config, dtype)
         self.text_embedding = [
             nn.Linear(config.text_dim, config.dim),
@@ -317,14 +328,17 @@ class WanTransformer(nn.Module):
             raise ValueError(f"image embeddings {'are needed' if image is None else 'have no place in this model'}")
         if image is not None:
             image = self.img_emb(image).astype(self.dtype)
-        x = self.patch_embedding(patchify(latents, config.patch_size)).astype(mx.float32)
+        share = self.share_of(grid)
+        x = self.patch_embedding(share.take(patchify(latents, config.patch_size))).astype(mx.float32)
         time, modulation = self.embed_time(timesteps, grid)
+        if time.shape[1] == math.prod(grid):
+            time, modulation = share.take(time), share.take(modulation)
         context = run_layers(self.text_embedding, context.astype(self.dtype))
-        rope = rope_table(grid, config.dim // config.num_heads)
+        cos, sin = (share.take(table[None])[0] for table in rope_table(grid, config.dim // config.num_heads))
         for block in self.blocks:
             run = checkpoint(block) if self.checkpointing else block
-            x = run(x, context, modulation, rope, image)
-        return unpatchify(self.head(x, time), grid, config.patch_size)
+            x = run(x, context, modulation, (cos, sin), image, share)
+        return unpatchify(share.join(self.head(x, time)), grid, config.patch_size)
 
     def save_memory(self, on: bool) -> None:
         """For training: every block, and within it the scores of attention, is computed again instead of kept."""

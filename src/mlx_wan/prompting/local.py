@@ -24,7 +24,7 @@ def ask(model: str | None, messages: list[dict[str, str]], max_tokens: int = MAX
     Raises WanError if it cannot be loaded. The model has left memory when this returns.
     """
     import mlx.core as mx
-    import mlx_lm
+    import mlx_lm  # pyright: ignore[reportMissingImports]  # an extra
 
     try:
         network, tokenizer, *_ = mlx_lm.load(model or MODEL)

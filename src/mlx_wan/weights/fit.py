@@ -17,9 +17,9 @@ from mlx_wan.models.vae21 import VAE21Config, WanVAE21
 from mlx_wan.models.vae22 import WanVAE22
 from mlx_wan.weights.checkpoint import Checkpoint, Component
 from mlx_wan.weights.identify import LABELS
-from mlx_wan.weights.layouts import plan_turns, turn
+from mlx_wan.weights.layouts import KEEP, plan_turns, turn
 from mlx_wan.weights.quantize import quantize_module
-from mlx_wan.weights.tensors import DTYPES, TensorInfo, dtype_name
+from mlx_wan.weights.tensors import DTYPES, ByRows, TensorInfo, dtype_name
 
 SHOWN = 4  # tensors listed of each kind in an error
 
@@ -125,4 +125,8 @@ def _fitted(info: TensorInfo, name: str, way: str, shape: tuple[int, ...], dtype
     def fitted() -> mx.array:
         return turn(load(), way, shape).astype(dtype)
 
-    return replace(info, name=name, shape=shape, dtype=type_name, nbytes=count * size, load=fitted, packed="")
+    def rows(start: int, stop: int) -> mx.array:
+        return info.rows(start, stop).astype(dtype)
+
+    read = ByRows(fitted, rows) if way == KEEP else fitted  # a turned tensor's rows are not the file's
+    return replace(info, name=name, shape=shape, dtype=type_name, nbytes=count * size, load=read, packed="")

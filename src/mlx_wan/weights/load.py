@@ -1,9 +1,11 @@
 """Builds the modules of a checkpoint and fills them, strictly: every tensor of one is a tensor of the other."""
 
-from typing import TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_unflatten
 
 from mlx_wan.models.autoencoder import WanVAE
 from mlx_wan.models.clip import ImageEncoder
@@ -12,6 +14,7 @@ from mlx_wan.models.umt5 import UMT5Encoder
 from mlx_wan.weights.checkpoint import Checkpoint
 from mlx_wan.weights.fit import fit_tensors, make_vae
 from mlx_wan.weights.locate import locate
+from mlx_wan.weights.tensors import TensorInfo
 
 __all__ = ["Checkpoint", "load_image_encoder", "load_text_encoder", "load_transformer", "load_vae", "locate"]
 
@@ -49,11 +52,16 @@ def load_vae(checkpoint: Checkpoint) -> WanVAE:
     return _fill(checkpoint, "vae", make_vae(checkpoint), mx.float32)
 
 
-def _fill(checkpoint: Checkpoint, part: str, module: Module, dtype: mx.Dtype) -> Module:
+def fill(module: nn.Module, tensors: list[TensorInfo], read: Callable[[TensorInfo], mx.array]) -> None:
+    """Puts what `read` makes of each tensor into `module`, evaluated; `fit_tensors` has found them complete."""
     weights = []
-    for info in fit_tensors(checkpoint, part, module, dtype):
-        array = info.load()
+    for info in tensors:
+        array = read(info)
         mx.eval(array)  # one by one: the peak stays one tensor above the final size
         weights.append((info.name, array))
-    module.load_weights(weights, strict=True)
+    module.update(cast(Any, tree_unflatten(weights)))
+
+
+def _fill(checkpoint: Checkpoint, part: str, module: Module, dtype: mx.Dtype) -> Module:
+    fill(module, fit_tensors(checkpoint, part, module, dtype), lambda info: info.load())
     return module

@@ -53,6 +53,17 @@ LFS_HINT = "is a Git LFS pointer, not the file itself; fetch it with `git lfs pu
 
 
 @dataclass(frozen=True)
+class ByRows:
+    """Reads a tensor: all of it when called, or some rows of its first dimension."""
+
+    whole: Callable[[], mx.array]
+    rows: Callable[[int, int], mx.array]
+
+    def __call__(self) -> mx.array:
+        return self.whole()
+
+
+@dataclass(frozen=True)
 class TensorInfo:
     """A tensor known from its file's header; nothing is read before `load()`.
 
@@ -79,6 +90,10 @@ class TensorInfo:
         """How the file holds it: `packed` or `dtype`."""
         return self.packed or self.dtype
 
+    def rows(self, start: int, stop: int) -> mx.array:
+        """`load()[start:stop]`, reading no more than that where `load` can."""
+        return self.load.rows(start, stop) if isinstance(self.load, ByRows) else self.load()[start:stop]
+
 
 def mapped_tensor(
     name: str,
@@ -99,14 +114,23 @@ def mapped_tensor(
     """
     if any(n >= 2**31 for n in shape):
         raise CheckpointError(f"{file}: tensor {name} has an impossible shape {shape}")
+    size = DTYPES[dtype][0]
+
+    def whole() -> mx.array:
+        return _read(name, shape, dtype, file, offset, strides)
+
+    def rows(start: int, stop: int) -> mx.array:
+        steps = row_major(shape) if strides is None else strides
+        return _read(name, (stop - start, *shape[1:]), dtype, file, offset + start * steps[0] * size, steps)
+
     return TensorInfo(
         name=name,
         shape=shape,
         dtype="float32" if dtype in FLOAT8 else dtype,
         packed=dtype if dtype in FLOAT8 else "",
-        nbytes=math.prod(shape) * DTYPES[dtype][0],
+        nbytes=math.prod(shape) * size,
         file=file,
-        load=lambda: _read(name, shape, dtype, file, offset, strides),
+        load=ByRows(whole, rows) if shape else whole,
     )
 
 

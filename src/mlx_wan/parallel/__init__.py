@@ -1,0 +1,1 @@
+"""Several processes for one video: who takes which tokens, which pass and which weights, and who watches whom."""

@@ -1,0 +1,200 @@
+"""Ranks that watch each other: one that dies, hangs or fails stops all others, and they say which it was.
+
+A collective waits for ever for a rank that hangs, and where MLX notices that one is gone it cannot say which. So every
+rank keeps a TCP connection to rank 0 beside MLX's own, and a thread on either end that says once a second that its
+process lives. Nothing but that and one line at the end goes over it.
+"""
+
+import contextlib
+import json
+import os
+import secrets
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import NoReturn
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_wan.errors import UserError, WanError
+
+BEAT = 1.0  # seconds between two signs of life
+SILENCE = 20.0  # seconds without one after which a rank counts as hanging
+CONNECT = 10.0  # seconds to reach rank 0
+# Where launchers say at what address rank 0 is.
+ADDRESSES = ("NCCL_HOST_IP", "MLX_JACCL_COORDINATOR", "MASTER_ADDR")
+
+
+class DisagreementError(UserError):
+    """What every rank finds by itself at the same time: they were given different things, or what does not fit."""
+
+
+def tell(world: mx.distributed.Group, text: str) -> list[str]:
+    """What every rank told, in order of rank; all must call it."""
+    raw = np.frombuffer(text.encode(), np.uint8)
+    lengths = np.array(mx.distributed.all_gather(mx.array([raw.size]), group=world))
+    padded = np.pad(raw, (0, int(lengths.max()) - raw.size))
+    texts = np.array(mx.distributed.all_gather(mx.array(padded)[None], group=world))
+    return [bytes(row[:size]).decode() for row, size in zip(texts, lengths, strict=True)]
+
+
+def check_agreement(world: mx.distributed.Group, facts: dict[str, str], hosts: list[str]) -> None:
+    """DisagreementError, in every rank, if one has other facts (name -> anything short) than rank 0."""
+    told = [json.loads(text) for text in tell(world, json.dumps(facts))]
+    for rank, other in enumerate(told):
+        different = [name for name in told[0] if other.get(name) != told[0][name]]
+        if different or other.keys() != told[0].keys():
+            name = different[0] if different else "version of mlx-wan"
+            raise DisagreementError(
+                f"rank {rank} ({hosts[rank]}) was given another {name} than rank 0 ({hosts[0]}): "
+                f"{other.get(name)} instead of {told[0].get(name)}; all ranks need the same"
+            )
+
+
+class Guard:
+    """A context manager around the work of one rank; all must enter it at the same time.
+
+    When another rank dies, hangs or leaves by an exception, this process calls `on_stop`'s functions, says so on stderr
+    and ends with exit code 1, wherever it is: a collective that waits cannot be interrupted otherwise.
+
+    Raises UserError on entering if rank 0 cannot be reached.
+    """
+
+    def __init__(self, world: mx.distributed.Group, silence: float = SILENCE):
+        self._world, self._silence = world, silence
+        self._rank, self._size = world.rank(), world.size()
+        self._links: dict[int, socket.socket] = {}  # other rank -> connection: to rank 0, or of rank 0 to all
+        self._clean_up: list[Callable[[], None]] = []
+        self._lock, self._ended = threading.Lock(), threading.Event()
+        self.hosts: list[str] = []
+
+    def on_stop(self, function: Callable[[], None]) -> None:
+        """Calls `function` if this process must end in the middle of its work: to remove a half-written file."""
+        self._clean_up.append(function)
+
+    def __enter__(self) -> "Guard":
+        token, server = secrets.token_hex(16), None
+        if self._rank == 0:
+            server = socket.create_server(("", 0), backlog=self._size)
+        port = server.getsockname()[1] if server else 0
+        facts = {"host": socket.gethostname(), "at": _own_addresses(), "port": port, "token": token}
+        told = [json.loads(text) for text in tell(self._world, json.dumps(facts))]
+        self.hosts = [other["host"] for other in told]
+        try:
+            if server is not None:
+                self._accept(server, told[0]["token"])
+            else:
+                self._links[0] = self._connect(told[0])
+        except OSError as error:
+            here = f"rank {self._rank} ({self.hosts[self._rank]})"
+            raise UserError(
+                f"{here}: no connection to rank 0 at {', '.join(told[0]['at'])}, port {told[0]['port']} ({error}); "
+                "the machines must reach each other over TCP"
+            ) from None
+        for rank, link in self._links.items():
+            threading.Thread(target=self._listen, args=(rank, link), daemon=True).start()
+        threading.Thread(target=self._beat, daemon=True).start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None and not isinstance(error, WanError | KeyboardInterrupt | SystemExit):
+            # Most likely MLX has lost a rank. Whoever watches that one will know; this thread ends the process then.
+            time.sleep(min(2.0, self._silence))
+        if error is None or isinstance(error, DisagreementError):
+            self._say("bye")
+        else:
+            what = "was stopped (Ctrl-C)" if isinstance(error, KeyboardInterrupt) else f"stopped: {error}"
+            self._say(f"stop {self._name(self._rank)} {what}")
+        self._ended.set()
+
+    # --- the connections ---------------------------------------------------------------------------------------------
+
+    def _accept(self, server: socket.socket, token: str) -> None:
+        server.settimeout(CONNECT)
+        with server:
+            while len(self._links) < self._size - 1:
+                link, _ = server.accept()
+                link.settimeout(CONNECT)
+                given, _, rank = link.recv(64, socket.MSG_WAITALL).decode(errors="replace").partition(" ")
+                if secrets.compare_digest(given, token) and rank.strip().isdigit():
+                    self._links[int(rank)] = link
+                else:
+                    link.close()  # somebody else's
+
+    def _connect(self, first: dict) -> socket.socket:
+        error: OSError = OSError("no address")
+        for address in first["at"]:
+            try:
+                link = socket.create_connection((address, first["port"]), timeout=CONNECT / 2)
+                link.sendall(f"{first['token']} {self._rank}".ljust(64).encode())
+                return link
+            except OSError as problem:
+                error = problem
+        raise error
+
+    def _beat(self) -> None:
+        while not self._ended.wait(BEAT):
+            self._say("")
+
+    def _say(self, line: str) -> None:
+        with self._lock:
+            for link in self._links.values():
+                try:
+                    link.sendall(f"{' '.join(line.split())}\n".encode())
+                except OSError:
+                    continue  # whoever listens to it finds out
+
+    def _listen(self, rank: int, link: socket.socket) -> None:
+        """Reads what another rank says until it says goodbye, or until there is a reason to end."""
+        link.settimeout(self._silence)
+        heard = b""
+        try:
+            while True:
+                more = link.recv(4096)
+                if not more:
+                    return self._stop(f"{self._name(rank)} died")
+                *lines, heard = (heard + more).split(b"\n")
+                for line in lines:
+                    if line == b"bye":
+                        return None
+                    if line.startswith(b"stop "):
+                        return self._stop(line.decode(errors="replace").removeprefix("stop "))
+        except TimeoutError:
+            self._stop(
+                f"{self._name(rank)} has given no sign of life for {self._silence:g} s: it hangs, or the network"
+            )
+        except OSError:
+            self._stop(f"{self._name(rank)} died")
+
+    def _stop(self, why: str) -> None:
+        if not self._ended.is_set():
+            self._say(f"stop {why}")  # rank 0 tells all; the others know it from rank 0
+            self._end(why)
+
+    def _end(self, why: str) -> NoReturn:
+        for function in self._clean_up:
+            function()
+        sys.__stderr__.write(f"error: {why}; all other ranks stop, and nothing was written\n")  # type: ignore[union-attr]
+        sys.__stderr__.flush()  # type: ignore[union-attr]
+        os._exit(1)
+
+    def _name(self, rank: int) -> str:
+        return f"rank {rank} ({self.hosts[rank]})"
+
+
+def _own_addresses() -> list[str]:
+    """Where this machine may be reached, likeliest first; the loopback last, for ranks on the same machine."""
+    found = [os.environ[name].partition(":")[0] for name in ADDRESSES if os.environ.get(name)]
+    hosts = os.environ.get("MLX_HOSTFILE")
+    if hosts:
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError), open(hosts) as file:
+            found += [str(place).rpartition(":")[0] for place in json.load(file)[int(os.environ["MLX_RANK"])]]
+    with contextlib.suppress(OSError):
+        found += [str(info[4][0]) for info in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)]
+    return list(dict.fromkeys([*found, "127.0.0.1"]))

@@ -1,0 +1,65 @@
+"""Ranks that exchange arrays, by the collectives that every backend of MLX has: all_gather and all_sum."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import mlx.core as mx
+
+
+class Team:
+    """Some of the ranks of a world, this process among them.
+
+    Where the backend cannot split its group (ring, JACCL), all ranks gather and each takes its team's part: more
+    traffic, the same result. All teams of a world must then gather arrays of the same shape at the same time.
+
+    Args:
+        world: the group of all ranks; None is this process alone.
+        members: the ranks of this process's team, in order; None means all. Every rank makes its teams in the same
+            order, and the teams made at one time have no rank in common.
+
+    Attributes:
+        size: how many are in it.
+        rank: this process's place among them.
+    """
+
+    def __init__(self, world: mx.distributed.Group | None, members: Sequence[int] | None = None):
+        everyone = list(range(1 if world is None else world.size()))
+        self._group = world
+        self._members = everyone if members is None else list(members)
+        self._picks = len(self._members) < len(everyone)
+        self.size = len(self._members)
+        self.rank = 0 if world is None else self._members.index(world.rank())
+        if world is not None and self._picks and self.size > 1:
+            try:
+                self._group = world.split(min(self._members))
+                self._picks = False
+            except RuntimeError:  # this backend has no split
+                pass
+
+    def all_gather(self, x: mx.array) -> mx.array:
+        """(size, *x.shape): everybody's `x`, which has one shape in the whole team."""
+        if self.size == 1:
+            return x[None]
+        everything = mx.distributed.all_gather(x[None], group=self._group)
+        return everything[mx.array(self._members)] if self._picks else everything
+
+    def all_sum(self, x: mx.array) -> mx.array:
+        """The sum of everybody's `x`; of the whole world's team alone."""
+        assert self.size == 1 or not self._picks
+        return x if self.size == 1 else mx.distributed.all_sum(x, group=self._group)
+
+    def gather_rows(self, x: mx.array, counts: Sequence[int]) -> list[mx.array]:
+        """Everybody's `x` (counts[rank], ...), whose numbers of rows may differ."""
+        longest = max(counts)
+        padding = [(0, longest - x.shape[0])] + [(0, 0)] * (x.ndim - 1)
+        everything = self.all_gather(mx.pad(x, padding) if x.shape[0] < longest else x)
+        return [everything[i, :count] for i, count in enumerate(counts)]
+
+    def bounds(self, total: int) -> list[int]:
+        """Where the members' shares of `total` things begin, and the last one's end; they differ by one at most."""
+        return [total * i // self.size for i in range(self.size + 1)]
+
+    def counts(self, total: int) -> list[int]:
+        """How many of `total` things each member has."""
+        bounds = self.bounds(total)
+        return [end - start for start, end in pairwise(bounds)]

@@ -1,0 +1,67 @@
+"""What each rank of test_parallel.py does: every way of sharing that its number of ranks allows.
+
+one_rank.py MODEL OUT: writes latents to OUT-RANK.safetensors, and to OUT-RANK.json how much it held of each model.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import conftest  # noqa: F401  the CPU, as in the tests
+import mlx.core as mx
+import small
+from mlx.utils import tree_flatten
+from PIL import Image
+
+import mlx_wan
+from mlx_wan.parallel.plan import Parallel
+
+REQUEST = {"width": 96, "height": 64, "num_frames": 9, "num_inference_steps": 2, "seed": 3, "output_type": "latent"}
+INPUTS = {"latents": (1, 2, 4, 6, 48), "context": (1, 5, 64)}
+
+
+def ways(size: int) -> dict[str, dict]:
+    """Name -> arguments of Parallel."""
+    found = {
+        "tokens": {"ulysses_size": size},
+        "weights": {"ulysses_size": size, "dit_fsdp": True, "t5_fsdp": True},
+        "image": {"ulysses_size": size},
+    }
+    if size % 2 == 0:
+        found["guidance"] = {"ulysses_size": size // 2, "cfg_parallel": True}
+    return found
+
+
+def run(pipe: mlx_wan.WanPipeline, way: str) -> mx.array:
+    """The latents of the request, from a picture too if the way says so: its first frame's tokens have timestep 0."""
+    picture = {"image": Image.fromarray(small.picture())} if way == "image" else {}
+    return pipe("two cats", **REQUEST, **picture).latents
+
+
+def velocity(pipe: mlx_wan.WanPipeline) -> mx.array:
+    """One transformer call with a timestep for each token."""
+    latents, context = (mx.array(small.random(name, shape)) for name, shape in INPUTS.items())
+    return pipe.transformer(latents, mx.arange(12).reshape(1, 12) * 80.0, context)
+
+
+def nbytes(model) -> int:
+    return sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+
+
+def main(folder: str, out: str) -> None:
+    world = mx.distributed.init(strict=True, backend="ring")
+    latents, held = {}, {}
+    for way, sharing in ways(world.size()).items():
+        pipe = mlx_wan.WanPipeline.from_pretrained(folder, parallel=Parallel(world, **sharing))
+        latents[way] = run(pipe, way)
+        if way == "tokens":
+            latents["timesteps"] = velocity(pipe)
+        held[way] = [nbytes(pipe.transformer), nbytes(pipe.text_encoder)]
+    mx.save_safetensors(f"{out}-{world.rank()}.safetensors", latents)
+    Path(f"{out}-{world.rank()}.json").write_text(json.dumps(held))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

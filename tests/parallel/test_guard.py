@@ -1,0 +1,75 @@
+"""Ranks that die, hang or fail end the others, which say who it was."""
+
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import ranks
+
+from mlx_wan.parallel import world
+
+HERE = f"rank 1 ({socket.gethostname()})"
+WHY = {
+    "die": f"error: {HERE} died; all other ranks stop",
+    "hang": f"error: {HERE} has given no sign of life for 3 s",
+    "fail": f"error: {HERE} stopped: a bad file; all other ranks stop",
+}
+
+
+@pytest.mark.parametrize("fate", ["die", "hang", "fail"])
+def test_all_others_end_and_name_the_rank(fate, tmp_path):
+    unfinished = tmp_path / "unfinished"
+    processes = ranks.start(tmp_path, 3, [str(ranks.HERE / "guarded.py"), fate, str(unfinished)])
+    for rank in (0, 2):
+        assert processes[rank].wait(timeout=30) == 1
+    processes[1].kill()
+    for rank in (0, 2):
+        errors = processes[rank].communicate()[1].splitlines()
+        said = [line for line in errors if not line.startswith("[ring]")]  # what MLX itself says on lost connections
+        assert len(said) == 1, errors
+        assert said[0].startswith(WHY[fate])
+    assert not unfinished.exists()
+
+
+def test_ranks_that_finish_leave_in_peace(tmp_path):
+    unfinished = tmp_path / "unfinished"
+    results = ranks.finish(ranks.start(tmp_path, 3, [str(ranks.HERE / "guarded.py"), "finish", str(unfinished)]))
+    assert [(code, out) for code, out, _ in results] == [(0, "")] * 3, results
+    assert unfinished.exists()
+
+
+def test_every_rank_says_who_was_given_something_else(tmp_path):
+    results = ranks.finish(ranks.start(tmp_path, 3, [str(ranks.HERE / "guarded.py"), "disagree", str(tmp_path / "x")]))
+    for code, _, errors in results:
+        assert code == 1
+        assert errors.startswith(f"{HERE} was given another prompt than rank 0"), errors
+        assert "a dog instead of a cat" in errors
+
+
+def test_a_rank_that_never_comes_ends_those_that_wait(tmp_path):
+    code = "from mlx_wan.parallel.world import meet; meet(1.0)"
+    processes = ranks.start(tmp_path, 2, ["-c", code], {1: ["-c", "pass"]})
+    start = time.monotonic()
+    (waited, _, errors), _ = ranks.finish(processes, timeout=20)
+    assert waited == -9
+    assert "not all ranks came together within 1 s" in errors
+    assert time.monotonic() - start < 15
+
+
+def test_one_process_of_a_launcher_is_alone(tmp_path, monkeypatch):
+    hosts = tmp_path / "hosts.json"
+    hosts.write_text("\n")  # what mlx.launch -n 1 makes
+    monkeypatch.setenv("MLX_RANK", "0")
+    monkeypatch.setenv("MLX_HOSTFILE", str(hosts))
+    assert not world.is_launched()
+    hosts.write_text('[["127.0.0.1:1"], ["127.0.0.1:2"]]')
+    assert world.is_launched()
+
+
+def test_meeting_alone_takes_no_time():
+    code = "from mlx_wan.parallel.world import is_launched, meet; print(is_launched(), meet(1.0).size())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20)
+    assert done.stdout == "False 1\n"
+    assert not world.is_launched()

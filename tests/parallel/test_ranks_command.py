@@ -1,0 +1,95 @@
+"""`generate` as several processes: one video, one voice, and a reason when there is none."""
+
+import time
+
+import checkpoint
+import numpy as np
+import pytest
+import ranks
+
+import mlx_wan
+from mlx_wan.cli.main import main
+from mlx_wan.video import VideoWriter, read_video
+
+SIZE = "--size 96*64 --frame_num 9 --sample_solver euler"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return checkpoint.write_official(tmp_path_factory.mktemp("small") / "model")
+
+
+def line(folder, path, flags, prompt="two cats"):
+    words = f"{SIZE} --ckpt_dir {folder} --save_file {path} {flags}".split()
+    return ["-m", "mlx_wan.cli.main", "generate", "--prompt", prompt, *words]
+
+
+def test_two_processes_write_one_video(folder, tmp_path):
+    path, alone = tmp_path / "two.mp4", tmp_path / "one.mp4"
+    flags = "--sample_steps 2 --ulysses_size 2 --dit_fsdp --t5_fsdp"
+    # Each draws a seed: the first one's counts. A folder that the second machine has not got does not matter there.
+    elsewhere = {1: line(folder, tmp_path / "missing" / "x.mp4", flags)}
+    results = ranks.finish(ranks.start(tmp_path, 2, line(folder, path, flags), elsewhere))
+    assert [code for code, *_ in results] == [0, 0], results
+    (_, out, _), (_, silent, errors) = results
+    assert out.startswith(f"{path}\nseed ")
+    assert silent == ""
+    assert all(text.startswith("hint:") for text in errors.splitlines())
+    # A value in a million that is rounded the other way makes H.264 decide otherwise: so both are compared with the
+    # frames before encoding, from which another seed's are 1.4 times as far as the code is: random weights make noise,
+    # which codes badly.
+    options = {"width": 96, "height": 64, "num_frames": 9, "num_inference_steps": 2, "scheduler": "euler"}
+    pipe = mlx_wan.WanPipeline.from_pretrained(folder)
+    exact, other = (pipe("two cats", **options, seed=int(out.split()[2]) + i).frames.astype(int) for i in range(2))
+    with VideoWriter(alone, 24) as writer:
+        writer.write(exact.astype(np.uint8))
+    (together, rate), (single, rate_alone) = read_video(path), read_video(alone)
+    assert (together.shape, rate) == (single.shape, rate_alone)
+    coded = np.abs(single - exact).mean()
+    assert np.abs(together - exact).mean() < 1.05 * coded
+    assert np.abs(together - other).mean() > 1.3 * coded
+
+
+def test_a_killed_rank_leaves_no_file(folder, tmp_path):
+    path = tmp_path / "two.mp4"
+    processes = ranks.start(tmp_path, 2, line(folder, path, "--sample_steps 1000 --cfg_parallel"))
+    shown = ""
+    while "denoise" not in shown:
+        shown += (character := processes[0].stderr.read(1))
+        assert character, shown
+    processes[1].kill()
+    start = time.monotonic()
+    (code, out, errors), _ = ranks.finish(processes, timeout=30)
+    assert time.monotonic() - start < 30
+    assert (code, out) == (1, "")
+    assert any(text.startswith("error: rank 1 (") and " died;" in text for text in errors.splitlines()), errors
+    assert not [file for file in tmp_path.iterdir() if not file.name.startswith("hosts-")]
+
+
+def test_another_model_is_named(folder, tmp_path):
+    other = checkpoint.write_official(tmp_path / "other")
+    file = other / "diffusion_pytorch_model-00001-of-00002.safetensors"
+    raw = bytearray(file.read_bytes())
+    raw[8 + int.from_bytes(raw[:8], "little") + 2] ^= 1  # one bit of the first value: the same shapes, another model
+    file.write_bytes(raw)
+    path = tmp_path / "two.mp4"
+    arguments = [line(model, path, "--ulysses_size 2") for model in (folder, other)]
+    results = ranks.finish(ranks.start(tmp_path, 2, arguments[0], {1: arguments[1]}))
+    for code, _, errors in results:
+        assert code == 2
+        assert any(text.startswith("error: rank 1 (") for text in errors.splitlines()), errors
+        assert "was given another model than rank 0" in errors
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--ulysses_size 2", "--ulysses_size 2 is for 2 processes (mlx.launch -n 2) and there is 1"),
+        ("--cfg_parallel", "--ulysses_size 1 --cfg_parallel is for 2 processes (mlx.launch -n 2) and there is 1"),
+        ("--ulysses_size 0", "--ulysses_size 0: must be at least 1"),
+    ],
+)
+def test_one_process_cannot_share(folder, tmp_path, capsys, flags, message):
+    assert main(line(folder, tmp_path / "x.mp4", flags)[2:]) == 2
+    assert message in capsys.readouterr().err
