@@ -83,8 +83,8 @@ class WanPipeline:
     """Text, or text and a first frame, to video.
 
     Components are loaded when first needed. With `low_memory` the text encoder leaves memory once the prompt is
-    encoded, and the transformer once the latents are done. Of two experts one is in memory at a time, unless
-    `keep_both_experts`.
+    encoded, VAE and image encoder once a picture is, and the transformer once the latents are done. Of two experts one
+    is in memory at a time, unless `keep_both_experts`.
 
     Attributes:
         checkpoint: where the components come from, its headers checked.
@@ -299,8 +299,7 @@ class WanPipeline:
         yield Event("latents", 1, 1, latents)
         if decode:
             for index, piece in enumerate(self.vae.stream_decode(latents), start=1):
-                if mx.isnan(piece).any().item():
-                    raise WanError(f"piece {index} of the decoded video is NaN: check the checkpoint's VAE")
+                _check_piece(piece, latents[:, index - 1], index)
                 yield Event("frames", index, latents.shape[1], to_uint8(piece[0]))
 
     def _expert_at(self, timestep: float, guidance_scale: tuple[float, float]) -> Expert:
@@ -329,8 +328,12 @@ class WanPipeline:
         if self.spec.task == "ti2v":
             frame = image_to_frame(request.pictures[0], request.width, request.height)
             condition = Condition(first_frame=self.vae.encode(mx.array(frame)))
+            mx.eval(condition.first_frame)
         else:
             condition = self._known_frames(request)
+        if self.low_memory:
+            self._vae = self._image_encoder = None
+            mx.clear_cache()
         yield Event("image", 1, 1)
         return condition
 
@@ -351,9 +354,6 @@ class WanPipeline:
             image = self.image_encoder(mx.array(squares))
             image = image.reshape(1, -1, image.shape[-1])
         mx.eval(channels, image)
-        if self.low_memory:
-            self._image_encoder = None
-            mx.clear_cache()
         return Condition(channels=channels, image=image)
 
     def _padded(self, embedding: mx.array) -> mx.array:
@@ -474,6 +474,18 @@ def _noise(latents: mx.array | None, seed: int | None, shape: tuple[int, ...]) -
     if not mx.isfinite(latents).all().item():
         raise UserError("latents hold NaN or infinite values; they must be noise of mean 0 and variance 1")
     return latents, seed
+
+
+def _check_piece(piece: mx.array, latents: mx.array, index: int) -> None:
+    """A decoder that fails gives NaN, or one value for latents that differ; but ±1 may be a black or white scene."""
+    if mx.isnan(piece).any().item():
+        raise WanError(f"piece {index} of the decoded video is not finite: check the checkpoint's VAE")
+    low, high = mx.min(piece).item(), mx.max(piece).item()
+    if low == high and abs(low) < 1 and (mx.var(latents) > 0).item():  # pyright: ignore[reportArgumentType]
+        raise WanError(
+            f"piece {index} of the decoded video is one flat colour: the run was stopped; MLX gives zeros where a GPU "
+            "runs out of memory: try a smaller size"
+        )
 
 
 def to_uint8(video: mx.array) -> np.ndarray:

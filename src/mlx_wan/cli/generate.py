@@ -19,15 +19,16 @@ from mlx_wan.errors import UserError
 from mlx_wan.zoo import MODELS
 
 if TYPE_CHECKING:
+    from mlx_wan.memory.plan import Plan
     from mlx_wan.pipeline import Event
     from mlx_wan.video import VideoWriter
-    from mlx_wan.weights.checkpoint import Checkpoint, Component
+    from mlx_wan.weights.checkpoint import Checkpoint
 
 SUMMARY = "make a video from a prompt, or from a prompt and a picture"
 TASKS = tuple(name for name, spec in MODELS.items() if spec.hub_id)
 OTHER_TASKS = ("animate-14B", "s2v-14B")
 SOLVERS = ("unipc", "dpm++", "euler")
-DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+DTYPES = ("bfloat16", "float16", "float32")
 LARGEST_SEED = 2**63 - 1
 
 
@@ -52,7 +53,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     model.add_argument(
         "--ckpt_dir", "--model", metavar="DIR", help="model folder or Hub id (default: the small embedded model)"
     )
-    model.add_argument("--dtype", choices=tuple(DTYPE_BYTES), help="of weights and products (default: by device)")
+    model.add_argument("--dtype", choices=DTYPES, help="of weights and products (default: by device)")
     how = parser.add_argument_group("how (defaults: the model's own)")
     how.add_argument("--base_seed", "--seed", type=int, default=-1, metavar="N", help="-1 for a random one")
     how.add_argument("--sample_solver", "--scheduler", choices=SOLVERS, help="the sampler")
@@ -70,6 +71,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         action="store_true",
         help="keep both experts of an A14B model in memory, instead of loading the second when its turn comes",
     )
+    how.add_argument("--ignore_plan", action="store_true", help="run even if `mlx-wan plan` says that it does not fit")
     old = parser.add_argument_group("accepted from the official script, without effect here")
     old.add_argument("--offload_model", nargs="?", const=True, type=_boolean, metavar="BOOL", help="memory is shared")
     old.add_argument("--t5_cpu", action="store_true", help="memory is shared, and the text encoder freed after use")
@@ -113,9 +115,9 @@ def run(args: argparse.Namespace) -> None:
     options = _options(args, checkpoint, image) | ({} if last is None else {"last_image": last})
     path = Path(args.save_file) if args.save_file else _free_name(args.prompt, checkpoint.spec.name, options)
     check_writable(path)
-    _check_memory(checkpoint, args.dtype, args.keep_both_experts)
+    plan = _plan(args, checkpoint, options, pictures=sum(picture is not None for picture in (image, last)))
     _say_what_is_pointless(args)
-    seconds = _make(args, checkpoint, options, path)
+    seconds = _make(args, checkpoint, options, path, plan.low_memory)
     print(path)
     print(f"seed {options['seed']}")
     stages = ", ".join(f"{stage} {spent:.1f} s" for stage, spent in seconds.items())
@@ -123,7 +125,9 @@ def run(args: argparse.Namespace) -> None:
     print(f"peak memory {backend.peak_memory() / 2**30:.2f} GiB")
 
 
-def _make(args: argparse.Namespace, checkpoint: "Checkpoint", options: dict[str, Any], path: Path) -> dict[str, float]:
+def _make(
+    args: argparse.Namespace, checkpoint: "Checkpoint", options: dict[str, Any], path: Path, low_memory: bool
+) -> dict[str, float]:
     """Load, generate and write, under one progress bar; returns the seconds each stage took."""
     import mlx.core as mx
 
@@ -135,7 +139,7 @@ def _make(args: argparse.Namespace, checkpoint: "Checkpoint", options: dict[str,
         progress.stage("load")
         dtype = getattr(mx, args.dtype) if args.dtype else None
         both = args.keep_both_experts
-        pipe = mlx_wan.WanPipeline.from_pretrained(checkpoint.folder, dtype=dtype, keep_both_experts=both)
+        pipe = mlx_wan.WanPipeline.from_pretrained(checkpoint.folder, dtype, low_memory, both)
         if not pipe.low_memory:  # else each part is loaded in the stage that needs it
             _ = pipe.text_encoder, pipe.vae, both and pipe.transformer_2, pipe.transformer
         events = pipe.stream(args.prompt, **options)
@@ -222,7 +226,7 @@ def _options(args: argparse.Namespace, checkpoint: "Checkpoint", image: Any) -> 
 
 def _size(args: argparse.Namespace, checkpoint: "Checkpoint", image: Any) -> tuple[int, int]:
     spec = checkpoint.spec
-    width, height = (spec.width, spec.height) if args.size is None else _parse_size(args.size)
+    width, height = (spec.width, spec.height) if args.size is None else parse_size(args.size)
     step_w, step_h = checkpoint.size_steps
     if spec.name == "i2v-14B" and args.size is None:
         _note(f"the 480P and the 720P model look the same: {width}*{height} is assumed; --size 832*480 for the other")
@@ -239,7 +243,8 @@ def _size(args: argparse.Namespace, checkpoint: "Checkpoint", image: Any) -> tup
     return width, height
 
 
-def _parse_size(text: str) -> tuple[int, int]:
+def parse_size(text: str) -> tuple[int, int]:
+    """Width and height of a size such as 1280*704; UserError for anything else."""
     match = re.fullmatch(r"(\d{1,5})\s*[*xX×]\s*(\d{1,5})", text.strip())
     if not match:
         raise UserError(f"--size {text}: must be width*height in pixels, such as 1280*704")
@@ -257,30 +262,17 @@ def _free_name(prompt: str, model: str, options: dict[str, Any]) -> Path:
     return path
 
 
-def _check_memory(checkpoint: "Checkpoint", dtype: str | None, both_experts: bool) -> None:
-    """Refuse a model whose weights alone are more than the memory; warn when they leave little of it.
+def _plan(args: argparse.Namespace, checkpoint: "Checkpoint", options: dict[str, Any], pictures: int) -> "Plan":
+    """Whether the run fits this machine and what has to leave memory on the way; UserError if it cannot fit."""
+    import mlx.core as mx
 
-    The text encoder is freed before the transformer comes, and the VAE stays with either. Of two experts one is
-    there at a time, unless both are to be kept.
-    """
-    size = DTYPE_BYTES[dtype or str(backend.default_dtype()).removeprefix("mlx.core.")]
-    vae = _weight_bytes(checkpoint.vae, 4)
-    experts = [_weight_bytes(part, size) for name, part in checkpoint.parts.items() if name.startswith("transformer")]
-    needed = vae + max(_weight_bytes(checkpoint.text_encoder, size), sum(experts) if both_experts else max(experts))
-    total = backend.total_memory()
-    sizes = f"the weights take {needed / 2**30:.1f} GiB of {total / 2**30:.1f} GiB of memory"
-    if needed > total:
-        raise UserError(
-            f"{checkpoint.folder}: {sizes}; convert the model to fewer bits first (mlx-wan convert -q 8) "
-            "or use a larger machine"
-        )
-    if needed > 0.75 * total:
-        _note(f"{sizes}: it may not be enough")
+    from mlx_wan.memory.plan import Dimensions, Setting, choose
 
-
-def _weight_bytes(part: "Component", size: int) -> int:
-    """Memory of a component whose floating-point tensors are loaded with `size` bytes an element."""
-    return sum(math.prod(info.shape) * size if "float" in info.dtype else info.nbytes for info in part.tensors.values())
+    dtype = getattr(mx, args.dtype) if args.dtype else backend.default_dtype()
+    size = options["width"], options["height"], options["num_frames"]
+    setting = Setting(*size, dtype, pictures, keep_both_experts=args.keep_both_experts)
+    memory = sys.maxsize if args.ignore_plan else backend.usable_memory()
+    return choose(Dimensions.of_checkpoint(checkpoint), setting, backend.device_name(), memory)
 
 
 def _facts(args: argparse.Namespace, checkpoint: "Checkpoint", options: dict[str, Any], dtype: str) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from mlx_wan.errors import WanError
 # stay cheap: whatever is heavy is imported inside run.
 COMMANDS = {
     "generate": "mlx_wan.cli.generate",
+    "plan": "mlx_wan.cli.plan",
     "inspect": "mlx_wan.cli.inspect",
     "convert": "mlx_wan.cli.convert",
     "train": "mlx_wan.cli.train",

@@ -25,7 +25,8 @@ def convert(
     dst: str | Path,
     dtype: mx.Dtype | None = None,
     bits: int | None = None,
-    group_size: int = 64,
+    group_size: int | None = None,
+    mode: str = "affine",
     *,
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
@@ -37,7 +38,8 @@ def convert(
         dtype: of the matrices; None leaves each as it is stored. The VAE and the parts of the transformer that
             compute in float32 are always stored in float32.
         bits: 4 or 8 packs the matrices that `quantize.QUANTIZED` names; None packs nothing.
-        group_size: how many values of a row share a scale: 32, 64 or 128.
+        group_size: how many values of a row share a scale; None for the mode's default.
+        mode: one of `quantize.MODES`, which also says its bits and group sizes.
         overwrite: whether a native model in `dst` may be replaced; other files there stay.
         max_shard_bytes: a component larger than this is split into several files with an index.
         progress: called with the bytes done and the bytes in all, before each tensor.
@@ -50,7 +52,7 @@ def convert(
         CheckpointError: a bad `src`, as `locate`.
     """
     dst = Path(dst).expanduser()
-    how = None if bits is None else Quantization(bits, group_size)
+    how = None if bits is None else Quantization(bits, group_size, mode)
     checkpoint = locate(src)
     if checkpoint.quantization is not None:
         raise UserError(f"{checkpoint.folder}: is quantized already; convert the original")
