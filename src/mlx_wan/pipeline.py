@@ -1,7 +1,8 @@
 """From a prompt, or a prompt and a picture, to a video: the order of things, and who is in memory when."""
 
 import secrets
-from collections.abc import Callable, Generator, Iterator
+import warnings
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
@@ -11,6 +12,8 @@ import numpy as np
 
 from mlx_wan import backend
 from mlx_wan.errors import UserError, WanError
+from mlx_wan.lora.fuse import QUANTIZED, Adapters, expert_part, merge
+from mlx_wan.lora.load import read_lora, transformer_shapes
 from mlx_wan.models.autoencoder import WanVAE
 from mlx_wan.models.clip import ImageEncoder
 from mlx_wan.models.transformer import WanTransformer
@@ -19,6 +22,7 @@ from mlx_wan.sampling import Condition, Expert, denoise, initial_noise
 from mlx_wan.schedulers import Scheduler, make_scheduler
 from mlx_wan.schedulers.flow import TRAIN_TIMESTEPS
 from mlx_wan.text import Tokenizer, clean_prompt
+from mlx_wan.text_cache import TextCache
 from mlx_wan.weights.load import (
     Checkpoint,
     load_image_encoder,
@@ -26,7 +30,6 @@ from mlx_wan.weights.load import (
     load_transformer,
     load_vae,
     locate,
-    tokenizer_path,
 )
 from mlx_wan.zoo import ModelSpec
 
@@ -91,6 +94,7 @@ class WanPipeline:
         spec: the model's name, sizes and sampling defaults.
         dtype: of matrices and of what they are multiplied with; the VAE is always float32.
         scheduler: of the last call; before it, the default one.
+        text_cache: a folder for embeddings of prompts, so that one that comes again needs no text encoder; None: none.
     """
 
     def __init__(self, checkpoint: Checkpoint, dtype: mx.Dtype, low_memory: bool, keep_both_experts: bool = False):
@@ -98,27 +102,34 @@ class WanPipeline:
         self.keep_both_experts = keep_both_experts
         spec = checkpoint.spec
         self.scheduler = make_scheduler(spec.scheduler, spec.num_inference_steps, spec.shift)
-        self.tokenizer = Tokenizer(tokenizer_path(checkpoint), checkpoint.transformer_config.text_len)
+        self.tokenizer = Tokenizer(checkpoint.tokenizer, checkpoint.transformer_config.text_len)
         self._transformers: dict[str, WanTransformer] = {}
+        self._adapters = Adapters()
         self._text_encoder: UMT5Encoder | None = None
         self._image_encoder: ImageEncoder | None = None
         self._vae: WanVAE | None = None
+        self.text_cache: Path | None = None
 
     @classmethod
     def from_pretrained(
         cls,
-        path: str | Path,
+        path: str | Path | Checkpoint | None = None,
         dtype: mx.Dtype | None = None,
         low_memory: bool | None = None,
         keep_both_experts: bool = False,
+        task: str | None = None,
+        **files: str | Path | None,
     ) -> "WanPipeline":
         """The pipeline of a checkpoint folder, a Hub id such as "Wan-AI/Wan2.2-TI2V-5B", or "tiny".
 
         Args:
-            path: see docs/checkpoints.md for the layouts.
+            path: see docs/checkpoints.md for the layouts; or what `locate` found.
             dtype: mx.float32, mx.bfloat16 or mx.float16; None means bfloat16 on a GPU and float32 on the CPU.
             low_memory: None decides: yes if all that would be in memory together takes over half of it.
             keep_both_experts: of a model with two, instead of loading the other when its turn comes.
+            task: which model it must be, where single files do not tell; "t2v-14B" for instance.
+            files: transformer, transformer_2, text_encoder, image_encoder, vae, tokenizer: single files in place of the
+                folder's, or of a folder.
 
         Raises:
             UserError: there is nothing at `path`, or `dtype` is another.
@@ -126,7 +137,8 @@ class WanPipeline:
         """
         if dtype is not None and dtype not in DTYPES:
             raise UserError(f"dtype is {dtype!r}; choose one of {', '.join(map(str, DTYPES))}")
-        checkpoint, dtype = locate(path), dtype or backend.default_dtype()
+        checkpoint = path if isinstance(path, Checkpoint) else locate(path, task=task, **files)
+        dtype = dtype or backend.default_dtype()
         if low_memory is None:
             parts = {
                 name: part for name, part in checkpoint.parts.items() if keep_both_experts or name != "transformer_2"
@@ -156,7 +168,9 @@ class WanPipeline:
         if part not in self._transformers:
             if not self.keep_both_experts:
                 self._release_transformers()
-            self._transformers[part] = load_transformer(self.checkpoint, self.dtype, part)
+            transformer = load_transformer(self.checkpoint, self.dtype, part)
+            self._adapters.install(transformer, part)
+            self._transformers[part] = transformer
         return self._transformers[part]
 
     def _release_transformers(self) -> None:
@@ -189,8 +203,14 @@ class WanPipeline:
         ids, mask = self.tokenizer(clean_prompt(text))
         length = int(mask.sum())
         # Padding is masked out of attention, so the tokens alone give the same vectors.
-        embedding = self.text_encoder(mx.array(ids[:, :length]))[0]
+        ids = ids[:, :length]
+        cache = None if self.text_cache is None else TextCache(self.text_cache, self.checkpoint, self.dtype)
+        if cache is not None and (known := cache.get(ids)) is not None:
+            return known
+        embedding = self.text_encoder(mx.array(ids))[0]
         mx.eval(embedding)
+        if cache is not None:
+            cache.put(ids, embedding)
         return embedding
 
     def __call__(
@@ -277,6 +297,75 @@ class WanPipeline:
         if unknown:
             raise TypeError(f"stream() got an unexpected keyword argument {unknown[0]!r}")
         return self._run(self._request(prompt, *(options.get(name) for name in names)), decode=True)
+
+    # --- adapters, in the words of diffusers -------------------------------------------------------------------------
+
+    def load_lora_weights(
+        self, path: str | Path, adapter_name: str | None = None, scale: float = 1.0, expert: str | None = None
+    ) -> str:
+        """Puts a LoRA beside the transformer's weights, together with those that are there already.
+
+        Args:
+            path: the file, of any dialect (docs/checkpoints.md), or the folder PEFT or diffusers wrote.
+            adapter_name: what `set_adapters` calls it; None takes the file's name.
+            scale: its strength; 1 is what it was trained for.
+            expert: of a model with two, "high" or "low" for a LoRA made for one of them; None for both.
+
+        Returns:
+            Its name.
+
+        Raises:
+            UserError: no such file, not a LoRA, or a name that is taken.
+            CheckpointError: the file is damaged, or made for another model.
+        """
+        part = expert_part(self.checkpoint, expert)
+        lora = read_lora(path, transformer_shapes(self.checkpoint.transformer_config))
+        if lora.note:
+            warnings.warn(lora.note, stacklevel=2)
+        name = self._adapters.add(lora, adapter_name, scale, part)
+        self._apply_adapters()
+        return name
+
+    def set_adapters(self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float] = 1.0) -> None:
+        """Gives these adapters their strengths and turns the others off; no weight is read again.
+
+        Raises UserError for an unknown name, or another number of weights than of names.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        single = isinstance(adapter_weights, int | float)
+        self._adapters.set(names, [adapter_weights] * len(names) if single else list(adapter_weights))
+        self._apply_adapters()
+
+    def get_active_adapters(self) -> dict[str, float]:
+        """Name -> strength of the adapters that have an effect."""
+        return {name: strength for name, strength in self._adapters.strengths.items() if strength}
+
+    def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
+        """Takes adapters away. Raises UserError for an unknown name."""
+        self._adapters.remove([adapter_names] if isinstance(adapter_names, str) else list(adapter_names))
+        self._apply_adapters()
+
+    def fuse_lora(self) -> None:
+        """Adds the adapters to the weights at their present strengths: no cost per step, and no change after.
+
+        Raises UserError if the model is quantized.
+        """
+        if self.checkpoint.quantization is not None:
+            raise UserError(QUANTIZED)
+        self._adapters.fused = True
+        for transformer in self._transformers.values():
+            merge(transformer)
+
+    def unload_lora_weights(self) -> None:
+        """Takes every adapter away; after `fuse_lora` the transformer is read again when it is needed."""
+        if self._adapters.fused:
+            self._release_transformers()
+        self._adapters.clear()
+        self._apply_adapters()
+
+    def _apply_adapters(self) -> None:
+        for part, transformer in self._transformers.items():
+            self._adapters.update(transformer, part)
 
     # --- the order of things -----------------------------------------------------------------------------------------
 

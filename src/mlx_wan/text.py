@@ -28,15 +28,18 @@ class Tokenizer:
     """A Hugging Face `tokenizer.json`, used as transformers' T5TokenizerFast uses it, without transformers.
 
     Args:
-        path: the tokenizer.json. UserError if there is none, CheckpointError if it cannot be read.
+        source: the tokenizer.json, or what is in one. UserError if there is none, CheckpointError if it cannot be
+            read.
         text_len: length of every result; longer texts lose their end, but never the closing `</s>`.
     """
 
-    def __init__(self, path: str | Path, text_len: int = 512) -> None:
-        if not Path(path).is_file():
+    def __init__(self, source: str | Path | bytes, text_len: int = 512) -> None:
+        path = "the text encoder's own tokenizer" if isinstance(source, bytes) else Path(source)
+        if isinstance(path, Path) and not path.is_file():
             raise UserError(f"{path}: no such tokenizer file")
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+            content = source if isinstance(source, bytes) else Path(source).read_bytes()
+            self._tokenizer = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
         except Exception as error:  # the Rust side raises plain Exception
             raise CheckpointError(f"{path}: not a readable tokenizer.json ({error}); get the file again") from None
         end = self._tokenizer.token_to_id(END_TOKEN)

@@ -3,6 +3,8 @@
 import json
 import os
 import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +22,7 @@ _CONTAINERS = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska"}
 _BT709 = 1  # the code point of primaries, transfer and matrix in H.264
 _ITU709 = 1  # the same matrix by swscale's own numbering
 _LIMITED_RANGE = 1
+SHEET_FRAMES, _GAP = 6, 4  # of a contact sheet: frames a row, pixels between them
 _VIDEO_ERRORS = (OSError, FFmpegError, ValueError)
 
 
@@ -144,6 +147,28 @@ class VideoWriter:
         return WanError(f"{self.path}: writing the video failed: {getattr(error, 'strerror', None) or error}")
 
 
+def write_sheet(path: str | Path, clips: Iterable[np.ndarray]) -> None:
+    """A PNG with a row for each clip, uint8 (T, H, W, 3): SHEET_FRAMES frames from its first to its last.
+
+    Narrower rows are filled up with grey. WanError if it cannot be written.
+    """
+    path, rows = Path(path), []
+    for clip in clips:
+        chosen = clip[np.linspace(0, len(clip) - 1, SHEET_FRAMES).round().astype(int)]
+        padded = np.pad(chosen, ((0, 0), (_GAP, 0), (_GAP, 0), (0, 0)), constant_values=128)
+        rows.append(np.concatenate(list(padded), axis=1))
+    width = max(row.shape[1] for row in rows)
+    rows = [np.pad(row, ((0, 0), (0, width - row.shape[1]), (0, 0)), constant_values=128) for row in rows]
+    partial = path.with_name(f".mlx-wan-{os.getpid()}.partial")
+    try:
+        Image.fromarray(np.concatenate(rows)).save(partial, format="PNG")
+        os.replace(partial, path)
+    except OSError as error:
+        raise WanError(f"{path}: writing the picture failed: {error.strerror or error}") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 # --- reading -------------------------------------------------------------------------------------------------
 
 
@@ -152,18 +177,76 @@ def read_video(path: str | Path) -> tuple[np.ndarray, float]:
     frames = []
     try:
         with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise UserError(f"{path}: has no video in it")
-            stream = container.streams.video[0]
+            stream = _video_stream(container, path)
             fps = float(stream.average_rate or stream.guessed_rate or 0)
             for frame in container.decode(stream):
-                turns = round(frame.rotation / 90)  # phones film sideways and note it down
-                frames.append(np.rot90(frame.to_ndarray(format="rgb24"), turns))
+                frames.append(_upright(frame))
     except (OSError, FFmpegError) as error:
         raise UserError(f"{path}: cannot be read as a video ({_short(error)})") from None
     if not frames or fps <= 0:
         raise UserError(f"{path}: has no frames in it")
     return np.stack(frames), fps
+
+
+@dataclass(frozen=True)
+class VideoFacts:
+    """width, height: upright, in pixels. times: when each frame is shown, in seconds, from its first, ascending."""
+
+    width: int
+    height: int
+    times: np.ndarray
+
+
+def probe_video(path: str | Path) -> VideoFacts:
+    """Size and frame times of a video, decoding only its first frame. UserError if it is damaged or no video."""
+    try:
+        with av.open(str(path)) as container:
+            stream = _video_stream(container, path)
+            stamps = [packet.pts for packet in container.demux(stream) if packet.pts is not None]
+            base, announced = stream.time_base, stream.frames
+        with av.open(str(path)) as container:
+            first = next(container.decode(_video_stream(container, path)), None)
+    except (OSError, FFmpegError) as error:
+        raise UserError(f"{path}: cannot be read as a video ({_short(error)})") from None
+    if first is None or not stamps or base is None:
+        raise UserError(f"{path}: has no frames in it")
+    if len(stamps) < announced:
+        raise UserError(f"{path}: is cut short: {len(stamps)} of {announced} frames are there")
+    width, height = (first.width, first.height) if round(first.rotation / 90) % 2 == 0 else (first.height, first.width)
+    times = np.sort(np.array(stamps, np.float64)) * float(base)
+    return VideoFacts(width, height, times - times[0])
+
+
+def read_frames(path: str | Path, indices: Sequence[int]) -> Iterator[Image.Image]:
+    """Frames of a video by their places in its order of display, ascending, as upright RGB pictures, one at a time.
+
+    A repeated index hands out its frame again. UserError if one cannot be decoded.
+    """
+    wanted, done = list(indices), 0
+    try:
+        with av.open(str(path)) as container:
+            for index, frame in enumerate(container.decode(_video_stream(container, path))):
+                if done < len(wanted) and wanted[done] == index:
+                    picture = Image.fromarray(_upright(frame))
+                    while done < len(wanted) and wanted[done] == index:
+                        yield picture
+                        done += 1
+                if done == len(wanted):
+                    return
+    except (OSError, FFmpegError) as error:
+        raise UserError(f"{path}: cannot be decoded ({_short(error)})") from None
+    raise UserError(f"{path}: frame {wanted[done]} cannot be decoded; the file is damaged")
+
+
+def _video_stream(container: Any, path: str | Path) -> Any:
+    if not container.streams.video:
+        raise UserError(f"{path}: has no video in it")
+    return container.streams.video[0]
+
+
+def _upright(frame: Any) -> np.ndarray:
+    turns = round(frame.rotation / 90)  # phones film sideways and note it down
+    return np.rot90(frame.to_ndarray(format="rgb24"), turns)
 
 
 def read_metadata(path: str | Path) -> dict[str, Any] | None:

@@ -238,6 +238,9 @@ MODELS: dict[str, ModelSpec] = {
 }
 
 
+HEAD_DIM = 128  # of every released transformer, which its tensors do not tell
+
+
 @dataclass(frozen=True)
 class Release:
     """A released set of weights, told from others by shapes alone.

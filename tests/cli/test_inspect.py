@@ -42,10 +42,11 @@ def test_text_lists_every_tensor_and_the_totals(folder):
     assert ["blocks.1", "27", f"{found['components']['transformer']['blocks']['blocks.1']['parameters']:,}"] in [
         w[:3] for w in words
     ]
-    assert lines[-4:] == [
+    assert lines[-5:] == [
         f"path          {folder}",
         "model         Wan transformer of an unreleased size",
         "layout        official",
+        f"to use it     mlx-wan generate --ckpt_dir {folder}",
         "quantization  none",
     ]
 

@@ -21,6 +21,8 @@ def small(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     toy.write(tmp_path / "one.yaml", toy.AUTOENCODER)
     toy.write(tmp_path / "two.yaml", toy.TRANSFORMER)
+    toy.write(tmp_path / "three.yaml", {"stage": "finetune", "iters": 4})
+    toy.write(tmp_path / "four.yaml", {"stage": "finetune", "ranc": 4})
 
 
 def run(line, capsys):
@@ -59,9 +61,26 @@ def test_two_commands_make_a_model_and_a_third_a_video(tmp_path, capsys):
         ("-c one.yaml --run r --vae v", "one.yaml takes no --vae"),
         ("-c two.yaml --run r", "two.yaml needs --vae, the folder of a finished autoencoder"),
         ("-c two.yaml --run r --vae none", "none is no finished autoencoder"),
-        ("-c one.yaml --run one.yaml/r", "--run one.yaml/r: cannot write there (Not a directory)"),
-        ("-c one.yaml --run r --batch-size x", "argument --batch-size: invalid int value"),
-        ("-c one.yaml", "the following arguments are required: --run"),
+        ("-c one.yaml --run one.yaml/r", "one.yaml/r: cannot write there (Not a directory)"),
+        ("-c one.yaml --run r --batch-size x", "one.yaml: train: batch_size is 'x'; it must be a whole number"),
+        ("-c one.yaml", "one.yaml needs --run, the folder for states, log and result"),
+        ("-c one.yaml --run r --rank 4", "one.yaml takes no --rank; it is for stage finetune"),
+        ("-c one.yaml --run r --dry-run", "one.yaml takes no --dry-run"),
+        ("--run r", "give a recipe with -c, or at least --model and --data"),
+        ("-c three.yaml --run r", "stage finetune takes no --run; use --adapter-path"),
+        ("-c three.yaml --steps 3", "stage finetune takes no --steps; use --iters"),
+        ("-c three.yaml --dry-run", "three.yaml: model is missing"),
+        ("-c three.yaml --model m --dry-run", "three.yaml: data is missing"),
+        ("--model m --data d --rank x", "the command line: rank is 'x'; it must be a whole number"),
+        ("--model m --data d --flip 3", "the command line: flip is 3; it must be true or false"),
+        ("--model m --data d --optimizer sdg", "optimizer is 'sdg'; choose one of adamw, adam"),
+        ("--model m --data d --report-to wandb", "report_to is 'wandb'; choose of csv, tensorboard"),
+        ("--model m --data d --ranc 4", "unknown flag --ranc, did you mean --rank?"),
+        ("--model none --data d", "none: no such folder"),
+        ("-c four.yaml --model m --data d", "four.yaml: unknown key 'ranc'; known are"),
+        ("report", "only `mlx-wan train report RUN` takes words"),
+        ("stop it", "only `mlx-wan train report RUN` takes words"),
+        ("report none", "none/log.jsonl: cannot be read (No such file or directory); give the folder of a run"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(tmp_path, capsys, line, message):

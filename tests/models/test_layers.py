@@ -33,3 +33,23 @@ def test_other_dtypes_keep_mlx_activations():
     x = mx.array([-1.0, 0.5, 3.0], mx.bfloat16)
     assert layers.GELU()(x).dtype == mx.bfloat16
     assert mx.array_equal(layers.SiLU()(x), nn.silu(x))
+
+
+@pytest.mark.parametrize("keys", [50, 7])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_attention_in_pieces_has_the_same_gradients(monkeypatch, keys, compiled):
+    """50 queries in pieces of 8 rows, the last one shorter."""
+    monkeypatch.setattr(layers, "PIECE_BYTES", 8 * 4 * 2 * 3 * keys)
+    q, k, v, probe = (mx.random.normal((2, n, 12), key=mx.random.key(i)) for i, n in enumerate((50, keys, keys, 50)))
+
+    def gradients(in_pieces):
+        def loss(q, k, v):
+            out = layers.attend(q, k, v, num_heads=3, scale=0.5, in_pieces=in_pieces)
+            return (out * probe).sum()
+
+        function = mx.value_and_grad(loss, argnums=(0, 1, 2))
+        value, grads = (mx.compile(function) if compiled and in_pieces else function)(q, k, v)
+        return [value, *grads]
+
+    for got, want in zip(gradients(True), gradients(False), strict=True):
+        np.testing.assert_allclose(np.array(got), np.array(want), rtol=1e-4, atol=1e-5)

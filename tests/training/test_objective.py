@@ -1,13 +1,16 @@
 """The objectives against their formulas, written out in NumPy."""
 
 import math
+from statistics import NormalDist
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
 from mlx_wan.training.objective import (
+    SIGMA_SAMPLINGS,
     TRAIN_TIMESTEPS,
+    WEIGHTINGS,
     add_noise,
     autoencoder_loss,
     flow_loss,
@@ -43,6 +46,36 @@ def test_sigmas_of_a_batch_fall_one_into_each_interval_in_any_order(shift):
     offsets = np.concatenate(seen) * batch % 1
     assert abs(offsets.mean() - 0.5) < 0.05
     assert abs(offsets.std() - 12**-0.5) < 0.03  # uniform within the interval
+
+
+@pytest.mark.parametrize(("sampling", "mean", "std"), [("logit-normal", 0.4, 1.3), ("sigmoid", 0.0, 1.0)])
+@pytest.mark.parametrize("shift", [1.0, 5.0])
+def test_logits_of_the_unshifted_levels_are_normal(sampling, mean, std, shift):
+    sigmas = [np.array(sample_sigmas(mx.random.key(i), 16, shift, sampling, mean, std), np.float64) for i in range(40)]
+    u = np.concatenate(sigmas)
+    assert ((u > 0) & (u < 1)).all()
+    u = u / (shift - (shift - 1) * u)
+    shares = [NormalDist(mean, std).cdf(logit) for logit in np.log(u / (1 - u))]
+    for row in np.split(np.array(shares), 40):
+        np.testing.assert_array_equal(np.sort(np.floor(row * 16)), np.arange(16))  # still stratified
+
+
+def test_uniform_is_what_was_always_drawn():
+    key = mx.random.key(3)
+    np.testing.assert_array_equal(sample_sigmas(key, 8, 3.0, "uniform"), sample_sigmas(key, 8, 3.0))
+    assert set(SIGMA_SAMPLINGS) == {"uniform", "logit-normal", "sigmoid"}
+
+
+@pytest.mark.parametrize("name", WEIGHTINGS)
+def test_weights_have_mean_one_over_uniform_levels(name):
+    sigmas = (np.arange(10000) + 0.5) / 10000
+    weights = np.array(WEIGHTINGS[name](mx.array(sigmas.astype(np.float32))), np.float64)
+    assert weights.mean() == pytest.approx(1, abs=1e-4)
+    assert (weights >= 0).all()
+    x = sigmas[[0, 2500, 5000]]
+    bell = np.exp(-2 * (x - 0.5) ** 2) - np.exp(-0.5)
+    want = {"none": np.ones(3), "bell": bell / 0.249095, "cosmap": 2 / np.pi / (1 - 2 * x + 2 * x * x)}[name]
+    np.testing.assert_allclose(weights[[0, 2500, 5000]], want, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(2,), (2, 3)])

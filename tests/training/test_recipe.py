@@ -25,8 +25,9 @@ def read(tmp_path, recipe, **overrides):
     return read_recipe(toy.write(tmp_path / "r.yaml", recipe), overrides)
 
 
-def test_the_recipes_of_the_embedded_model_are_valid_and_fit_together():
-    vae, model = read_recipe(RECIPES / "tiny-vae.yaml"), read_recipe(RECIPES / "tiny.yaml")
+@pytest.mark.parametrize("names", [("tiny-vae", "tiny"), ("tiny-vae-gpu", "tiny-gpu")])
+def test_the_recipes_of_the_embedded_model_are_valid_and_fit_together(names):
+    vae, model = (read_recipe(RECIPES / f"{name}.yaml") for name in names)
     assert isinstance(vae, AutoencoderRecipe)
     assert isinstance(model, TransformerRecipe)
     model.check_autoencoder(vae.model)
@@ -60,7 +61,7 @@ WRONG_AUTOENCODERS = [
     ({"train__learning_rate": float("nan")}, "learning_rate is nan; it must be a number"),
     ({"train__learning_rate": -1.0}, "learning_rate is -1.0; it must be above 0"),
     ({"train__compile": "yes please"}, "compile is 'yes please'; it must be true or false"),
-    ({"train__optimizer": "sgd"}, "optimizer is 'sgd'; choose adamw or muon"),
+    ({"train__optimizer": "sdg"}, "optimizer is 'sdg'; choose one of adamw, adam, muon"),
     ({"train__compute_dtype": "int8"}, "compute_dtype is 'int8'; choose one of float32"),
     ({"train__ema_decay": 1.0}, "ema_decay is 1.0; it must be from 0 to below 1"),
     ({"train__seed": -1}, "seed is -1; it must not be negative"),
@@ -198,5 +199,5 @@ def test_another_autoencoder_is_another_run(tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_the_users_mistake(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"--run .*cannot write there"):
+    with pytest.raises(UserError, match="cannot write there"):
         check_writable(tmp_path / "file" / "run")

@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten
 
 from mlx_wan.errors import CheckpointError, WanError
 from mlx_wan.training.checkpoint import newest_state
-from mlx_wan.training.trainer import TrainConfig, Trainer, in_compute_dtype, warmup_cosine
+from mlx_wan.training.trainer import OPTIMIZERS, TrainConfig, Trainer, in_compute_dtype, learning_rates
 
 TARGET = np.random.default_rng(0).standard_normal((4, 4)).astype(np.float32)
 
@@ -67,24 +67,153 @@ def log(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-def test_learning_rate_rises_in_a_line_and_falls_along_a_cosine():
-    rate = warmup_cosine(0.5, 4, 24)
+@pytest.mark.parametrize(
+    ("schedule", "after"),
+    [
+        ("cosine", lambda x: 0.5 * (1 + np.cos(np.pi * x))),
+        ("linear", lambda x: 1 - x),
+        ("constant", lambda x: 1.0),
+    ],
+)
+def test_learning_rate_rises_in_a_line_and_then_follows_its_schedule(schedule, after):
+    rate = learning_rates(0.5, 4, 24, schedule)
     got = [rate(mx.array(step)).item() for step in range(25)]
     rise = [0.125 + 0.375 * step / 4 for step in range(4)]
-    fall = [0.25 * (1 + np.cos(np.pi * step / 20)) for step in range(21)]
-    np.testing.assert_allclose(got, rise + fall, rtol=1e-5, atol=1e-7)
-    assert warmup_cosine(0.5, 0, 24)(mx.array(0)).item() == pytest.approx(0.5)
+    rest = [0.5 * after(step / 20) for step in range(21)]
+    np.testing.assert_allclose(got, rise + rest, rtol=1e-5, atol=1e-7)
+    assert learning_rates(0.5, 0, 24, schedule)(mx.array(0)).item() == pytest.approx(0.5)
+
+
+RATES = {"adafactor": 0.05, "sgd": 0.3}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_every_optimizer_learns(tmp_path, optimizer, accumulated):
+    run = trainer(
+        tmp_path,
+        steps=150,
+        optimizer=optimizer,
+        learning_rate=RATES.get(optimizer, 0.01),
+        grad_accumulation_steps=accumulated,
+        report_every=10,
+        save_every=150,
+    )
+    run.fit(batch_at)
+    losses = [row["loss"] for row in log(tmp_path)]
+    assert losses[-1] < losses[0] / 8
+    batch = batch_at(10_000)
+    assert run.with_averaged_weights(lambda model: loss(model, batch, mx.random.key(0))[0].item()) < losses[0] / 8
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.parametrize("compiled", [False, True])
-def test_both_optimizers_learn(tmp_path, optimizer, compiled):
-    run = trainer(tmp_path, steps=150, optimizer=optimizer, compile=compiled, report_every=10, save_every=150)
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_a_compiled_step_computes_the_same(tmp_path, optimizer, accumulated):
+    runs = []
+    for part in ({}, {"compile": True}, {"compile_update": True}):
+        options = {"optimizer": optimizer, "grad_accumulation_steps": accumulated, **part}
+        runs.append(trainer(tmp_path / "-".join(["run", *part]), **options))
+        runs[-1].fit(batch_at)
+    plain, *compiled = (weights(run.state()) for run in runs)
+    for other in compiled:
+        for name in plain:
+            np.testing.assert_allclose(plain[name], other[name], rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def test_accumulated_gradients_are_those_of_one_large_batch(tmp_path):
+    """And the numbers of a step are the means of its batches'."""
+
+    def joined(index):
+        parts = [batch_at(3 * index + i) for i in range(3)]
+        return {name: mx.concatenate([part[name] for part in parts]) for name in ("x", "y")}
+
+    def silent(model, batch, key):
+        return loss(model, batch, key)[0], {}
+
+    small = trainer(tmp_path / "small", silent, grad_accumulation_steps=3)
+    large = trainer(tmp_path / "large", silent, batch_size=24)
+    small.fit(batch_at)
+    large.fit(joined)
+    for one, other in zip(log(tmp_path / "small"), log(tmp_path / "large"), strict=True):
+        for name in ("loss", "grad_norm", "learning_rate"):
+            assert one[name] == pytest.approx(other[name], rel=1e-5)
+        assert one["clips_per_s"] / one["steps_per_s"] == pytest.approx(24)
+    one, other = weights(small.model.parameters()), weights(large.model.parameters())
+    for name in one:
+        np.testing.assert_allclose(one[name], other[name], rtol=1e-4, atol=1e-6)
+
+
+def test_without_an_average_the_weights_themselves_count(tmp_path):
+    run = trainer(tmp_path, ema_decay=0)
+    run.fit(batch_at, evaluate=lambda model: {"same": float(weights(model.parameters())["head.bias"].sum())})
+    assert log(tmp_path)[-1]["same"] == weights(run.model.parameters())["head.bias"].sum()
+    assert "ema" not in run.state()
+
+
+def test_what_is_frozen_stays_and_is_in_no_state(tmp_path):
+    mx.random.seed(5)
+    model = Toy()
+    model.blocks[0].freeze()
+    model.blocks[0].set_dtype(mx.bfloat16)
+    before = np.array(model.blocks[0].weight.astype(mx.float32))
+    run = Trainer(model, loss, TrainConfig(4, 8, 0.01, compile=False), tmp_path)
     run.fit(batch_at)
-    losses = [row["loss"] for row in log(tmp_path)]
-    assert losses[-1] < losses[0] / 10
-    batch = batch_at(10_000)
-    assert run.with_averaged_weights(lambda model: loss(model, batch, mx.random.key(0))[0].item()) < losses[0] / 10
+    np.testing.assert_array_equal(np.array(model.blocks[0].weight.astype(mx.float32)), before)
+    assert not [name for name, _ in tree_flatten(run.state()) if "blocks.0." in name]
+
+
+def test_parts_of_a_state_are_written_before_it(tmp_path):
+    seen = []
+
+    def saving(step):
+        seen.append((step, newest_state(tmp_path)))
+
+    trainer(tmp_path).fit(batch_at, saving=saving)
+    assert [(step, state and int(state.stem[-8:])) for step, state in seen] == [(2, None), (4, 2), (6, 4)]
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_a_bad_loss_stops_at_once_and_names_the_clip(tmp_path, accumulated):
+    """Batch 7 has a clip that is not finite: with 2 batches a step that is step 4, else step 8."""
+
+    def each(model, batch, key):
+        error = mx.square(model(batch["x"]) - batch["y"]).mean(axis=1)
+        return error.mean(), {"each": error}
+
+    def bad(index):
+        batch = batch_at(index)
+        if index == 7:
+            batch["y"][3, 1] = float("inf")
+        return batch
+
+    run = trainer(tmp_path, each, steps=20, grad_accumulation_steps=accumulated, report_every=20, save_every=3)
+    run._names = lambda index: [f"clip {index}.{i}" for i in range(8)]
+    step = 8 // accumulated
+    saved = tmp_path / f"state-{(step - 1) // 3 * 3:08d}.safetensors"
+    with pytest.raises(WanError, match=rf"is (inf|nan) at step {step} \(at clip 7\.3\).*good state is {saved}"):
+        run.fit(bad)
+    assert newest_state(tmp_path) == saved
+
+
+def test_a_spike_stops_with_the_state_before_it(tmp_path):
+    def spiking(model, batch, key):
+        error = mx.square(model(batch["x"]) - batch["y"]).mean(axis=1) * batch["factor"]
+        return error.mean(), {"each": error}
+
+    def bad(index):
+        factor = np.ones(8, np.float32)
+        factor[5] = 1000 if index == 33 else 1
+        return {**batch_at(index), "factor": mx.array(factor)}
+
+    options = {"steps": 40, "report_every": 40, "save_every": 30, "learning_rate": 1e-5}
+    run = trainer(tmp_path / "a", spiking, spike_factor=5.0, **options)
+    run._names = lambda index: [f"clip {index}.{i}" for i in range(8)]
+    with pytest.raises(
+        WanError, match=r"loss is .* was .* on average at step 34 \(at clip 33\.5\).*raise spike_factor"
+    ):
+        run.fit(bad)
+    assert newest_state(tmp_path / "a").stem.endswith("30")
+    trainer(tmp_path / "b", spiking, **options).fit(bad)
 
 
 def test_muon_takes_the_matrices_inside_and_adamw_the_rest(tmp_path):
@@ -106,8 +235,9 @@ def test_average_of_the_weights_is_what_is_evaluated(tmp_path):
     )
     average = steps[0]
     averages = [average]
-    for now in steps[1:]:
-        average = {name: 0.75 * average[name] + 0.25 * now[name] for name in now}
+    for count, now in enumerate(steps[1:], 1):
+        decay = min(0.75, count / (count + 9))
+        average = {name: decay * average[name] + (1 - decay) * now[name] for name in now}
         averages.append(average)
     assert len(steps) == 7
     for got, expected in zip(seen, (averages[3], averages[6]), strict=True):
@@ -116,10 +246,21 @@ def test_average_of_the_weights_is_what_is_evaluated(tmp_path):
     np.testing.assert_array_equal(steps[-1]["head.weight"], np.array(run.model.head.weight))  # training's are back
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_resumed_run_is_bit_for_bit_the_straight_one(tmp_path, optimizer, compiled):
-    options = {"optimizer": optimizer, "compile": compiled}
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"optimizer": "adamw"},
+        {"optimizer": "adamw", "compile": True},
+        {"optimizer": "muon"},
+        {"optimizer": "muon", "compile": True},
+        {"optimizer": "adafactor", "schedule": "linear"},
+        {"optimizer": "lion", "schedule": "constant", "ema_decay": 0},
+        {"grad_accumulation_steps": 2},
+        {"grad_accumulation_steps": 2, "compile": True},
+    ],
+    ids=str,
+)
+def test_a_resumed_run_is_bit_for_bit_the_straight_one(tmp_path, options):
     straight = trainer(tmp_path / "straight", **options)
     straight.fit(batch_at)
 
@@ -139,7 +280,7 @@ def test_a_resumed_run_is_bit_for_bit_the_straight_one(tmp_path, optimizer, comp
     assert again.step == 2
     again.fit(batch_at)
     assert_same(again.state(), straight.state())
-    timings = ("steps_per_s", "peak_gib")
+    timings = ("steps_per_s", "clips_per_s", "peak_gib")
     rows = [
         [{k: v for k, v in row.items() if k not in timings} for row in log(tmp_path / d)] for d in ("run", "straight")
     ]

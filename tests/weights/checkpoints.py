@@ -81,6 +81,26 @@ def write_wan22_mlx(folder: Path, turned: bool = False) -> Path:
     return folder
 
 
+def diffusers_golden() -> dict:
+    """What diffusers wrote for the small checkpoint: configs, and its tensors' official names."""
+    return json.loads((cases.GOLDEN / "diffusers.json").read_text())
+
+
+def write_diffusers(folder: Path) -> Path:
+    """A Diffusers repository: names and configs as diffusers wrote them."""
+    golden = diffusers_golden()
+    for part in PARTS:
+        (folder / part).mkdir(parents=True)
+        (folder / part / "config.json").write_text(json.dumps(golden[part]["config"]))
+        weights = official(part)
+        tensors = {own: weights[name] for own, name in golden[part]["tensors"].items()}
+        save_safetensors(folder / part / golden[part]["file"], tensors)
+    (folder / "tokenizer").mkdir()
+    (folder / "tokenizer" / "tokenizer.json").write_text(TOKENIZER)
+    (folder / "model_index.json").write_text(json.dumps(golden["model_index"]))
+    return folder
+
+
 def edit_json(path: Path, **changes) -> None:
     """Sets fields of a JSON file; None removes one."""
     content = {**json.loads(path.read_text()), **changes}

@@ -99,16 +99,31 @@ def test_knows_the_wan21_vae():
         ("casual_audio_encoder.weights", "transformer", "Wan2.2 S2V-14B"),
         ("pose_patch_embedding.weight", "transformer", "Wan2.2 Animate-14B"),
         ("vace_blocks.0.x", "transformer", "Wan2.1 VACE"),
-        ("condition_embedder.time_proj.weight", "transformer", "Wan transformer under Diffusers names"),
-        ("diffusion_model.blocks.0.self_attn.q.lora_down.weight", "lora", "LoRA"),
+        ("diffusion_model.blocks.0.cross_attn.q.lora_down.weight", "lora", "LoRA"),
         ("lora_unet_blocks_0_ffn_0.alpha", "lora", "LoRA"),
-        ("encoder.block.0.layer.0.SelfAttention.q.weight", "text_encoder", "T5 encoder under Hugging Face names"),
         ("conv.weight", "unknown", "unknown"),
     ],
 )
 def test_knows_by_single_names(name, component, model):
     identity = identify({name: (4, 4)})
     assert (identity.component, identity.model, identity.runs) == (component, model, False)
+
+
+def test_knows_what_a_lora_was_made_for():
+    def lora(dim: int, ffn_dim: int, layers: int) -> dict[str, tuple[int, ...]]:
+        shapes = {}
+        for i in range(layers):
+            shapes |= {
+                f"lora_unet_blocks_{i}_self_attn_q.lora_down.weight": (16, dim),
+                f"lora_unet_blocks_{i}_self_attn_q.lora_up.weight": (dim, 16),
+                f"lora_unet_blocks_{i}_ffn_0.lora_up.weight": (ffn_dim, 16),
+            }
+        return shapes
+
+    assert identify(lora(3072, 14336, 30)).model == "LoRA for Wan2.2 TI2V-5B"
+    assert identify(lora(5120, 13824, 40)).model.startswith("LoRA for Wan2.2 T2V-A14B")
+    unknown = "LoRA for a transformer of an unreleased size (dim 8, ffn_dim 9, num_layers 2)"
+    assert identify(lora(8, 9, 2)).model == unknown
 
 
 def sparse(path, tensors: dict[str, tuple[int, ...]], code: str = "F32", size: int = 4) -> None:

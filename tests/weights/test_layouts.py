@@ -1,5 +1,7 @@
 """Names and convolution orders of other people's files."""
 
+import json
+
 import cases
 import mlx.core as mx
 import pytest
@@ -7,10 +9,18 @@ import pytest
 from mlx_wan.errors import CheckpointError
 from mlx_wan.weights.layouts import (
     DIALECTS,
+    DIFFUSERS_TRANSFORMER,
+    DIFFUSERS_VAE,
+    DIFFUSERS_VAE21,
+    HF_TEXT_ENCODER,
     KEEP,
+    MLX_VIDEO_TEXT_ENCODER,
+    MLX_VIDEO_TRANSFORMER,
+    MLX_VIDEO_VAE,
     OFFICIAL,
     SQUEEZE,
     TURN,
+    UNFOLD,
     WAN22_MLX,
     detect_dialect,
     fits,
@@ -37,14 +47,48 @@ def test_the_first_users_names(own, official):
     assert WAN22_MLX.from_official(official) == own
 
 
-@pytest.mark.parametrize("dialect", DIALECTS, ids=lambda d: d.name)
-@pytest.mark.parametrize("part", ["transformer", "text_encoder", "vae"])
-def test_every_name_goes_there_and_back(dialect, part):
+@pytest.mark.parametrize(
+    ("dialect", "part"),
+    [
+        *((OFFICIAL, part) for part in ("transformer", "text_encoder", "vae")),
+        (WAN22_MLX, "transformer"),
+        (DIFFUSERS_TRANSFORMER, "transformer"),
+        (HF_TEXT_ENCODER, "text_encoder"),
+        (DIFFUSERS_VAE, "vae"),
+        (MLX_VIDEO_TRANSFORMER, "transformer"),
+        (MLX_VIDEO_TEXT_ENCODER, "text_encoder"),
+        (MLX_VIDEO_VAE, "vae"),
+    ],
+    ids=lambda value: getattr(value, "name", value),
+)
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "diffusion_model."])
+def test_every_name_goes_there_and_back(dialect, part, prefix):
     names = list(cases.official_names("ti2v-5B", part))
-    own = [dialect.from_official(name) for name in names]
+    own = [prefix + dialect.from_official(name) for name in names]
     assert len(set(own)) == len(names)
-    assert [dialect.to_official(name) for name in own] == names
     assert list(official_names(own).values()) == names
+
+
+def test_the_flat_vae_of_diffusers():
+    """Its decoder counts stages and members, the official one counts through; the pairs are diffusers' own."""
+    pairs = json.loads((cases.GOLDEN / "diffusers.json").read_text())["experts"]["vae"]["tensors"]
+    assert official_names(pairs) == pairs
+    assert pairs["decoder.up_blocks.2.upsamplers.0.resample.1.bias"] == "decoder.upsamples.11.resample.1.bias"
+
+
+def test_every_dialect_is_known():
+    known = {OFFICIAL, WAN22_MLX, DIFFUSERS_TRANSFORMER, HF_TEXT_ENCODER, DIFFUSERS_VAE, DIFFUSERS_VAE21}
+    assert set(DIALECTS) == known | {MLX_VIDEO_TRANSFORMER, MLX_VIDEO_TEXT_ENCODER, MLX_VIDEO_VAE}
+
+
+def test_a_tied_tensor_counts_once():
+    names = ["shared.weight", "encoder.embed_tokens.weight", "encoder.final_layer_norm.weight"]
+    assert official_names(names) == {
+        "shared.weight": "token_embedding.weight",
+        "encoder.final_layer_norm.weight": "norm.weight",
+    }
+    alone = official_names([*names[1:], "encoder.block.0.layer.0.SelfAttention.q.weight"])
+    assert alone["encoder.embed_tokens.weight"] == "token_embedding.weight"
 
 
 def test_detects_the_dialect():
@@ -77,6 +121,8 @@ def test_one_parameter_under_two_names():
         ((1, 1, 1, 6), (6,), {SQUEEZE}),
         ((6,), (6,), {KEEP}),
         ((2, 3), (6,), set()),
+        ((6, 20), (6, 1, 2, 2, 5), {UNFOLD}),
+        ((6, 21), (6, 1, 2, 2, 5), set()),
         ((1, 6, 4), (1, 6, 4), {KEEP}),
     ],
 )
@@ -88,6 +134,11 @@ def test_turning_is_the_transposition_torch_needs():
     array = mx.arange(2 * 3 * 4 * 5).reshape(2, 3, 4, 5)
     assert mx.array_equal(turn(array, TURN, (2, 4, 5, 3)), array.transpose(0, 2, 3, 1))
     assert turn(mx.ones((6, 1, 1)), SQUEEZE, (6,)).shape == (6,)
+
+
+def test_a_flat_convolution_is_in_torchs_order():
+    torch = mx.arange(2 * 3 * 1 * 2 * 2).reshape(2, 3, 1, 2, 2)
+    assert mx.array_equal(turn(torch.reshape(2, -1), UNFOLD, (2, 1, 2, 2, 3)), turn(torch, TURN, (2, 1, 2, 2, 3)))
 
 
 CLEAR_TORCH = ("a", (8, 6, 3, 3, 3), (8, 3, 3, 3, 6))

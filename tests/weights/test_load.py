@@ -19,14 +19,7 @@ from mlx_wan.models.transformer import FLOAT32_PARAMETERS
 from mlx_wan.models.vae22 import VAEConfig, WanVAE22
 from mlx_wan.weights import locate as locating
 from mlx_wan.weights.checkpoint import PARTS
-from mlx_wan.weights.load import (
-    load_image_encoder,
-    load_text_encoder,
-    load_transformer,
-    load_vae,
-    locate,
-    tokenizer_path,
-)
+from mlx_wan.weights.load import load_image_encoder, load_text_encoder, load_transformer, load_vae, locate
 from mlx_wan.weights.save import save_native
 from mlx_wan.weights.shapes import text_encoder_fields, transformer_fields, vae_fields
 from mlx_wan.zoo import LATENT_STATISTICS, LATENTS_MEAN, LATENTS_STD, MODELS
@@ -39,6 +32,7 @@ LAYOUTS = {
     "shards": lambda folder: checkpoints.write_official(folder, shards=3),
     "mlx": checkpoints.write_wan22_mlx,
     "mlx-turned": lambda folder: checkpoints.write_wan22_mlx(folder, turned=True),
+    "diffusers": checkpoints.write_diffusers,
 }
 
 
@@ -76,7 +70,7 @@ def test_dimensions_are_read_off_the_tensors(folder):
     assert (checkpoint.vae_config.latents_mean, checkpoint.vae_config.latents_std) == (LATENTS_MEAN, LATENTS_STD)
     assert checkpoint.spec.name == "custom"
     assert checkpoint.spec.negative_prompt == MODELS["ti2v-5B"].negative_prompt
-    assert tokenizer_path(checkpoint).read_text() == checkpoints.TOKENIZER
+    assert checkpoint.tokenizer.read_text() == checkpoints.TOKENIZER
 
 
 def test_the_policy_of_types(folder):
@@ -319,12 +313,8 @@ def test_a_damaged_config(folder, content):
 
 
 def test_folders_of_other_kinds(tmp_path):
-    (tmp_path / "diffusers").mkdir()
-    (tmp_path / "diffusers" / "model_index.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="is in the Diffusers layout"):
-        locate(tmp_path / "diffusers")
     (tmp_path / "lora").mkdir()
-    lora = {"blocks.0.self_attn.q.lora_A.weight": mx.zeros((4, 8))}
+    lora = {"blocks.0.cross_attn.q.lora_A.weight": mx.zeros((4, 8))}
     mx.save_safetensors(str(tmp_path / "lora" / "style.safetensors"), lora)
     with pytest.raises(CheckpointError, match=r"missing: .*\(but style\.safetensors is LoRA\)"):
         locate(tmp_path / "lora")
@@ -333,7 +323,7 @@ def test_folders_of_other_kinds(tmp_path):
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        ({"blocks.0.self_attn.q.lora_A.weight": (4, 8)}, "is LoRA, not the VAE"),
+        ({"blocks.0.cross_attn.q.lora_A.weight": (4, 8)}, "is LoRA, not the VAE"),
         ({"token_embedding.weight": (4, 8)}, "holds no VAE of a Wan model"),
     ],
 )
@@ -557,8 +547,7 @@ def test_a_hub_id_downloads_what_is_needed(hub):
     checkpoint = locate("Wan-AI/Wan2.2-TI2V-5B")
     assert checkpoint.layout.name == "official"
     assert [hub_id for hub_id, _ in hub] == ["Wan-AI/Wan2.2-TI2V-5B"] * 2
-    experts = ["high_noise_model/config.json", "low_noise_model/config.json"]
-    assert hub[0][1] == ["model_index.json", "config.json", *experts]
+    assert hub[0][1] == ["config.json", "model_index.json", "*/config.json"]
     assert {"config.json", "Wan2.2_VAE.pth", "google/umt5-xxl/tokenizer.json"} <= set(hub[1][1])
     assert "diffusion_pytorch_model-*-of-*.safetensors" in hub[1][1]
 

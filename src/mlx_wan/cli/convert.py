@@ -3,16 +3,29 @@
 import argparse
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-SUMMARY = "convert a checkpoint to the native layout, without PyTorch"
+SUMMARY = "convert a checkpoint to the native layout, or back, without PyTorch"
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser = commands.add_parser("convert", help=SUMMARY, description=SUMMARY)
     parser.add_argument("src", metavar="SRC", help="checkpoint folder, or Hub id")
     parser.add_argument("dst", metavar="DST", type=Path, help="folder to write")
+    parser.add_argument(
+        "--to",
+        choices=("native", "official", "diffusers"),
+        default="native",
+        help="layout to write: this package's (default), Wan's own, or a Diffusers repository",
+    )
+    add_storage_flags(parser)
+    return parser
+
+
+def add_storage_flags(parser: argparse.ArgumentParser) -> None:
+    """How a model is stored; `mlx-wan fuse` takes the same."""
     parser.add_argument(
         "--dtype", choices=("bfloat16", "float16", "float32"), help="of the matrices (default: as they are stored)"
     )
@@ -27,15 +40,19 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         metavar="N",
         help="values a scale: 64 (default), 32 or 128 in the mode affine, one number in the others",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace a converted model in DST")
-    return parser
+    parser.add_argument("--overwrite", action="store_true", help="replace a converted model that is there")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> None:
+    from mlx_wan.weights.convert import convert
+
+    write(args, lambda **options: convert(args.src, args.dst, to=args.to, **options))
+
+
+def write(args: argparse.Namespace, work: Callable[..., Path]) -> None:
+    """Calls `work` with the storage flags as `convert` takes them, under a progress bar, and says what came out."""
     import mlx.core as mx
     from tqdm import tqdm
-
-    from mlx_wan.weights.convert import convert
 
     start = time.perf_counter()
     with tqdm(unit="B", unit_scale=True, dynamic_ncols=True, disable=not sys.stderr.isatty()) as bar:
@@ -44,17 +61,14 @@ def run(args: argparse.Namespace) -> int:
             bar.total = total
             bar.update(done - bar.n)
 
-        folder = convert(
-            args.src,
-            args.dst,
-            getattr(mx, args.dtype) if args.dtype else None,
-            args.bits,
-            args.q_group_size,
-            args.q_mode,
+        folder = work(
+            dtype=getattr(mx, args.dtype) if args.dtype else None,
+            bits=args.bits,
+            group_size=args.q_group_size,
+            mode=args.q_mode,
             overwrite=args.overwrite,
             progress=progress,
         )
-    size = sum(file.stat().st_size for file in folder.iterdir())
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     print(folder)
     print(f"{size / 1e9:.2f} GB in {time.perf_counter() - start:.1f} s")
-    return 0

@@ -10,10 +10,12 @@ import re
 import secrets
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_wan import backend
+from mlx_wan.cli.fuse import add_lora_flags, parse_loras
 from mlx_wan.cli.progress import Progress
 from mlx_wan.errors import UserError
 from mlx_wan.zoo import MODELS
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 SUMMARY = "make a video from a prompt, or from a prompt and a picture"
 TASKS = tuple(name for name, spec in MODELS.items() if spec.hub_id)
 OTHER_TASKS = ("animate-14B", "s2v-14B")
+FILES = ("transformer", "transformer_2", "text_encoder", "image_encoder", "vae", "tokenizer")
 SOLVERS = ("unipc", "dpm++", "euler")
 DTYPES = ("bfloat16", "float16", "float32")
 LARGEST_SEED = 2**63 - 1
@@ -53,7 +56,11 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     model.add_argument(
         "--ckpt_dir", "--model", metavar="DIR", help="model folder or Hub id (default: the small embedded model)"
     )
+    for part in FILES:
+        model.add_argument(f"--{part}", metavar="FILE", help=f"a {part.replace('_', ' ')} in place of the folder's own")
     model.add_argument("--dtype", choices=DTYPES, help="of weights and products (default: by device)")
+    add_lora_flags(model)
+    model.add_argument("--fuse", action="store_true", help="add the LoRAs to the weights instead of beside them")
     how = parser.add_argument_group("how (defaults: the model's own)")
     how.add_argument("--base_seed", "--seed", type=int, default=-1, metavar="N", help="-1 for a random one")
     how.add_argument("--sample_solver", "--scheduler", choices=SOLVERS, help="the sampler")
@@ -70,6 +77,9 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         "--keep_both_experts",
         action="store_true",
         help="keep both experts of an A14B model in memory, instead of loading the second when its turn comes",
+    )
+    how.add_argument(
+        "--text_cache", metavar="DIR", help="keep embeddings of prompts there; one that comes again loads no encoder"
     )
     how.add_argument("--ignore_plan", action="store_true", help="run even if `mlx-wan plan` says that it does not fit")
     old = parser.add_argument_group("accepted from the official script, without effect here")
@@ -107,15 +117,18 @@ def run(args: argparse.Namespace) -> None:
     last = read_image(args.last_frame) if args.last_frame else None
     if args.save_file:
         check_writable(args.save_file)
-    checkpoint = locate(args.ckpt_dir or "tiny")
+    files = {part: getattr(args, part) for part in FILES}
+    alone = not args.ckpt_dir and not any(files.values())
+    checkpoint = locate("tiny" if alone else args.ckpt_dir, task=args.task, **files)
     _check_task(args.task, checkpoint)
     checkpoint.spec.check_pictures(image is not None, last is not None)
-    if not args.ckpt_dir:
+    if alone:
         _note("no --ckpt_dir: the small embedded model draws this (coloured shapes that move)")
     options = _options(args, checkpoint, image) | ({} if last is None else {"last_image": last})
     path = Path(args.save_file) if args.save_file else _free_name(args.prompt, checkpoint.spec.name, options)
     check_writable(path)
     plan = _plan(args, checkpoint, options, pictures=sum(picture is not None for picture in (image, last)))
+    _check_loras(args, checkpoint)
     _say_what_is_pointless(args)
     seconds = _make(args, checkpoint, options, path, plan.low_memory)
     print(path)
@@ -138,10 +151,21 @@ def _make(
     with Progress(options["num_inference_steps"], pieces) as progress:
         progress.stage("load")
         dtype = getattr(mx, args.dtype) if args.dtype else None
-        both = args.keep_both_experts
-        pipe = mlx_wan.WanPipeline.from_pretrained(checkpoint.folder, dtype, low_memory, both)
+        pipe = mlx_wan.WanPipeline.from_pretrained(checkpoint, dtype, low_memory, args.keep_both_experts)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # _check_loras has said it
+            for lora in parse_loras(args):
+                pipe.load_lora_weights(lora.path, scale=lora.scale, expert=lora.expert)
+        if args.fuse:
+            pipe.fuse_lora()
+        pipe.text_cache = Path(args.text_cache) if args.text_cache else None
         if not pipe.low_memory:  # else each part is loaded in the stage that needs it
-            _ = pipe.text_encoder, pipe.vae, both and pipe.transformer_2, pipe.transformer
+            _ = (
+                pipe.text_cache or pipe.text_encoder,
+                pipe.vae,
+                args.keep_both_experts and pipe.transformer_2,
+                pipe.transformer,
+            )
         events = pipe.stream(args.prompt, **options)
         metadata = _facts(args, checkpoint, options, str(pipe.dtype))
         with VideoWriter(path, args.fps or checkpoint.spec.fps, metadata=metadata) as writer:
@@ -171,9 +195,12 @@ def _follow(event: "Event", progress: Progress, writer: "VideoWriter", with_imag
 
 def _check_flags(args: argparse.Namespace) -> None:
     """What can be judged without knowing the model."""
-    for flag in ("image", "last_frame", "save_file", "ckpt_dir"):
+    for flag in ("image", "last_frame", "save_file", "ckpt_dir", "text_cache", *FILES):
         if getattr(args, flag) == "":  # an unset variable of a script: no reason to do something else silently
             raise UserError(f"--{flag} is empty; give a name, or leave the flag out")
+    loras = parse_loras(args)
+    if args.fuse and not loras:
+        raise UserError("--fuse: there is no --lora to fuse")
     if args.task is not None and args.task not in TASKS:
         what = "is not supported" if args.task in OTHER_TASKS else "is unknown"
         raise UserError(f"--task {args.task} {what}; use one of {', '.join(TASKS)}")
@@ -275,6 +302,22 @@ def _plan(args: argparse.Namespace, checkpoint: "Checkpoint", options: dict[str,
     return choose(Dimensions.of_checkpoint(checkpoint), setting, backend.device_name(), memory)
 
 
+def _check_loras(args: argparse.Namespace, checkpoint: "Checkpoint") -> None:
+    """Read the LoRAs' headers before any weight, and say what of them finds no place."""
+    if not (loras := parse_loras(args)):
+        return
+    from mlx_wan.lora.fuse import QUANTIZED, expert_part
+    from mlx_wan.lora.load import read_lora, transformer_shapes
+
+    if args.fuse and checkpoint.quantization is not None:
+        raise UserError(QUANTIZED)
+    shapes = transformer_shapes(checkpoint.transformer_config)
+    for path, _, expert in loras:
+        expert_part(checkpoint, expert)
+        if (lora := read_lora(path, shapes)).note:
+            _note(str(lora.note))
+
+
 def _facts(args: argparse.Namespace, checkpoint: "Checkpoint", options: dict[str, Any], dtype: str) -> dict[str, Any]:
     """What is stored in the video: all that is needed to make it again."""
     import mlx_wan
@@ -282,6 +325,8 @@ def _facts(args: argparse.Namespace, checkpoint: "Checkpoint", options: dict[str
     files = {"image": args.image, "last_image": args.last_frame}
     picture = {name: Path(file).name for name, file in files.items() if file}
     settings = {name: value for name, value in options.items() if name not in files}
+    if loras := parse_loras(args):
+        settings["loras"] = [lora.facts() for lora in loras]
     model = {"model": checkpoint.spec.name, "dtype": dtype.removeprefix("mlx.core.")}
     return {"prompt": args.prompt, **picture, **settings, **model, "mlx_wan": mlx_wan.__version__}
 

@@ -11,7 +11,7 @@ SUMMARY = "list the tensors of a file or folder and say which model it is"
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser = commands.add_parser("inspect", help=SUMMARY, description=SUMMARY)
-    parser.add_argument("path", metavar="FILE_OR_DIR", help=".safetensors, .pth, .index.json, a folder, or tiny")
+    parser.add_argument("path", metavar="FILE_OR_DIR", help=".safetensors, .gguf, .pth, .index.json, a folder, or tiny")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
@@ -47,6 +47,7 @@ def render(found: dict[str, Any]) -> str:
         ("path", found["path"]),
         ("model", found["model"]),
         ("layout", found["layout"] or "-"),
+        ("to use it", found["use"] or "-"),
         ("quantization", _quantization(found["quantization"])),
     ]
     sections.append("\n".join(f"{name:<13} {value}" for name, value in facts))

@@ -22,11 +22,13 @@ COMMANDS = {
     "plan": "mlx_wan.cli.plan",
     "inspect": "mlx_wan.cli.inspect",
     "convert": "mlx_wan.cli.convert",
+    "fuse": "mlx_wan.cli.fuse",
     "train": "mlx_wan.cli.train",
+    "evaluate": "mlx_wan.cli.evaluate",
     "scenes": "mlx_wan.cli.scenes",
     "info": "mlx_wan.cli.info",
 }
-COMPUTING = ("generate", "train")  # these get the hint about a missing BLAS
+COMPUTING = ("generate", "train", "evaluate")  # these get the hint about a missing BLAS
 EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED, EXIT_BROKEN_PIPE = 1, 2, 130, 141
 
 

@@ -1,7 +1,6 @@
 """`mlx-wan scenes`: draws sample clips of the embedded model's training world and prints their captions."""
 
 import argparse
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,8 +10,6 @@ if TYPE_CHECKING:
     import numpy as np
 
 SUMMARY = "draw sample clips of the embedded model's training world"
-SHEET_FRAMES = 6  # of each clip in a contact sheet
-GAP = 4  # pixels between pictures of a contact sheet
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -34,6 +31,8 @@ def run(args: argparse.Namespace) -> int:
     _, params, captions = sample_batch(np.random.default_rng(args.seed), args.count, args.held_out)
     clips = draw(params, args.size)
     if args.out.suffix.lower() == ".png":
+        from mlx_wan.video import write_sheet
+
         write_sheet(args.out, clips)
     else:
         write_video(args.out, clips)
@@ -81,25 +80,3 @@ def write_video(path: Path, clips: "Iterator[np.ndarray]") -> None:
     with VideoWriter(path, CLIP_FPS) as video:
         for clip in clips:
             video.write(clip)
-
-
-def write_sheet(path: Path, clips: "Iterator[np.ndarray]") -> None:
-    """A row for each clip: frames from its first to its last."""
-    import numpy as np
-    from PIL import Image
-
-    from mlx_wan.errors import WanError
-
-    rows = []
-    for clip in clips:
-        chosen = clip[np.linspace(0, len(clip) - 1, SHEET_FRAMES).round().astype(int)]
-        padded = np.pad(chosen, ((0, 0), (GAP, 0), (GAP, 0), (0, 0)), constant_values=128)
-        rows.append(np.concatenate(list(padded), axis=1))
-    partial = path.with_name(f".mlx-wan-{os.getpid()}.partial")
-    try:
-        Image.fromarray(np.concatenate(rows)).save(partial, format="PNG")
-        os.replace(partial, path)
-    except OSError as error:
-        raise WanError(f"{path}: writing the picture failed: {error.strerror or error}") from None
-    finally:
-        partial.unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 import contextlib
 import math
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import cast
 
 import mlx.core as mx
@@ -108,8 +109,48 @@ def run_layers(layers: list[nn.Module], x: mx.array) -> mx.array:
     return x
 
 
+PIECE_BYTES = 1 << 26  # of scores in memory at a time, when attention is differentiated in pieces
+
+
+@lru_cache
+def _attention_in_pieces(scale: float) -> Callable[[mx.array, mx.array, mx.array], mx.array]:
+    """Attention whose backward pass makes the scores anew, for some rows of queries at a time.
+
+    MLX's own keeps them all: tokens² for each head and layer, float32 or not.
+    """
+
+    @mx.custom_function
+    def attention(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale)
+
+    @attention.vjp
+    def attention_vjp(primals: tuple[mx.array, ...], cotangent: mx.array, out: mx.array) -> tuple[mx.array, ...]:
+        q, k, v = primals
+        rows = max(1, PIECE_BYTES // (4 * q.shape[0] * q.shape[1] * k.shape[2]))
+        dq, dk, dv = [], mx.zeros(k.shape, mx.float32), mx.zeros(v.shape, mx.float32)
+        for start in range(0, q.shape[2], rows):
+            piece = slice(start, start + rows)
+            # Not before the piece before it is done: or all would be in memory at once.
+            (rows_q,) = mx.depends([q[:, :, piece]], [dk, dv])
+            error, rows_out = cotangent[:, :, piece], out[:, :, piece]
+            weights = mx.softmax((rows_q * scale) @ k.swapaxes(-1, -2), axis=-1, precise=True)
+            dv = dv + weights.swapaxes(-1, -2) @ error
+            d_scores = weights * (error @ v.swapaxes(-1, -2) - (error * rows_out).sum(axis=-1, keepdims=True))
+            dq.append(scale * (d_scores @ k))
+            dk = dk + scale * (d_scores.swapaxes(-1, -2) @ rows_q)
+        return mx.concatenate(dq, axis=2), dk.astype(k.dtype), dv.astype(v.dtype)
+
+    return cast(Callable[[mx.array, mx.array, mx.array], mx.array], attention)
+
+
 def attend(
-    q: mx.array, k: mx.array, v: mx.array, num_heads: int, scale: float, mask: mx.array | None = None
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    num_heads: int,
+    scale: float,
+    mask: mx.array | None = None,
+    in_pieces: bool = False,
 ) -> mx.array:
     """Multi-head attention over projections whose heads lie side by side.
 
@@ -117,11 +158,15 @@ def attend(
         q: (B, Lq, num_heads * head_dim)
         k, v: (B, Lk, num_heads * head_dim)
         mask: additive, broadcastable to (B, num_heads, Lq, Lk), in q's dtype.
+        in_pieces: for training: the backward pass takes less memory and makes the scores again. Not with a mask.
 
     Returns:
         (B, Lq, num_heads * head_dim) in q's dtype.
     """
     batch, length, width = q.shape
     q, k, v = (a.reshape(batch, a.shape[1], num_heads, -1).transpose(0, 2, 1, 3) for a in (q, k, v))
-    out = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
+    if in_pieces:
+        out = _attention_in_pieces(scale)(q, k, v)
+    else:
+        out = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
     return out.transpose(0, 2, 1, 3).reshape(batch, length, width)

@@ -13,6 +13,7 @@ from functools import lru_cache
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.nn.utils import checkpoint
 
 from .layers import GELU, SiLU, attend, run_layers
 
@@ -115,12 +116,16 @@ def gated_add(x: mx.array, y: mx.array, gate: mx.array) -> mx.array:
 
 
 class Attention(nn.Module):
-    """Self- or cross-attention with RMS-normalised queries and keys."""
+    """Self- or cross-attention with RMS-normalised queries and keys.
+
+    Attributes:
+        in_pieces: for training: see `attend`.
+    """
 
     def __init__(self, config: TransformerConfig, dtype: mx.Dtype):
         super().__init__()
         dim = config.dim
-        self.dtype, self.num_heads = dtype, config.num_heads
+        self.dtype, self.num_heads, self.in_pieces = dtype, config.num_heads, False
         self.scale = (dim // config.num_heads) ** -0.5
         self.q = nn.Linear(dim, dim)
         self.k = nn.Linear(dim, dim)
@@ -136,7 +141,7 @@ class Attention(nn.Module):
         if rope is not None:
             q, k = rotate(q, *rope, self.num_heads), rotate(k, *rope, self.num_heads)
         q, k = q.astype(self.dtype), k.astype(self.dtype)
-        return self.o(attend(q, k, self.v(context), self.num_heads, self.scale))
+        return self.o(attend(q, k, self.v(context), self.num_heads, self.scale, in_pieces=self.in_pieces))
 
 
 class ImageCrossAttention(Attention):
@@ -267,11 +272,15 @@ class WanTransformer(nn.Module):
     Args:
         config: dimensions.
         dtype: what attention and feed-forward matmuls compute in; their weights should have it too.
+
+    Attributes:
+        checkpointing: for training: a block keeps only its input, and is computed again when its gradient is.
+            `save_memory` sets it.
     """
 
     def __init__(self, config: TransformerConfig, dtype: mx.Dtype = mx.float32):
         super().__init__()
-        self.config, self.dtype = config, dtype
+        self.config, self.dtype, self.checkpointing = config, dtype, False
         self.patch_embedding = PatchEmbedding(config, dtype)
         self.text_embedding = [
             nn.Linear(config.text_dim, config.dim),
@@ -313,8 +322,15 @@ class WanTransformer(nn.Module):
         context = run_layers(self.text_embedding, context.astype(self.dtype))
         rope = rope_table(grid, config.dim // config.num_heads)
         for block in self.blocks:
-            x = block(x, context, modulation, rope, image)
+            run = checkpoint(block) if self.checkpointing else block
+            x = run(x, context, modulation, rope, image)
         return unpatchify(self.head(x, time), grid, config.patch_size)
+
+    def save_memory(self, on: bool) -> None:
+        """For training: every block, and within it the scores of attention, is computed again instead of kept."""
+        self.checkpointing = on
+        for block in self.blocks:
+            block.self_attn.in_pieces = block.cross_attn.in_pieces = on
 
     def token_grid(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
         """Tokens along time, height and width for latents of `shape` (B, t, h, w, C)."""

@@ -4,6 +4,7 @@ Functions of arrays only. Latents are normalised, shapes are channels last.
 """
 
 import math
+from collections.abc import Callable
 
 import mlx.core as mx
 
@@ -18,11 +19,44 @@ def shift_sigma(u: mx.array, shift: float) -> mx.array:
     return shift * u / (1 + (shift - 1) * u)
 
 
-def sample_sigmas(key: mx.array, batch: int, shift: float) -> mx.array:
-    """Noise levels (batch,), shifted from stratified uniform draws: one in each of `batch` equal intervals of u."""
+def _normal(u: mx.array) -> mx.array:
+    """The standard normal values below which a share u of them lies."""
+    return math.sqrt(2) * mx.erfinv(2 * mx.clip(u, 1e-6, 1 - 1e-6) - 1)
+
+
+# How noise levels are spread before the shift, from u uniform in [0, 1): name -> (u, mean, std) -> values in (0, 1).
+SIGMA_SAMPLINGS: dict[str, Callable[[mx.array, float, float], mx.array]] = {
+    "uniform": lambda u, mean, std: u,
+    "logit-normal": lambda u, mean, std: mx.sigmoid(mean + std * _normal(u)),  # Esser et al., arXiv:2403.03206
+    "sigmoid": lambda u, mean, std: mx.sigmoid(_normal(u)),
+}
+
+
+def sample_sigmas(
+    key: mx.array, batch: int, shift: float, sampling: str = "uniform", mean: float = 0.0, std: float = 1.0
+) -> mx.array:
+    """Noise levels (batch,) from stratified draws: one in each of `batch` equal intervals of u, spread, then shifted.
+
+    sampling: a key of SIGMA_SAMPLINGS; mean, std: of "logit-normal". A shift of 1 leaves them as they are.
+    """
     jitter, order = mx.random.split(key)
     u = (mx.arange(batch) + mx.random.uniform(shape=(batch,), key=jitter)) / batch
-    return shift_sigma(u[mx.random.permutation(batch, key=order)], shift)
+    spread = SIGMA_SAMPLINGS[sampling](u[mx.random.permutation(batch, key=order)], mean, std)
+    return shift_sigma(spread, shift)
+
+
+def _bell(sigmas: mx.array) -> mx.array:
+    low = math.exp(-0.5)  # at σ = 0 and 1; the mean of the bell over [0, 1] is √(π/2)·erf(1/√2)
+    mean = math.sqrt(math.pi / 2) * math.erf(math.sqrt(0.5)) - low
+    return (mx.exp(-2 * mx.square(sigmas - 0.5)) - low) / mean
+
+
+# Weight of a sample's loss by its noise level; each has mean 1 over uniform noise levels.
+WEIGHTINGS: dict[str, Callable[[mx.array], mx.array]] = {
+    "none": mx.ones_like,
+    "bell": _bell,  # exp(−2 (σ − ½)²) less its ends, which then count nothing (as in DiffSynth-Studio)
+    "cosmap": lambda sigmas: 2 / (math.pi * (1 - 2 * sigmas + 2 * mx.square(sigmas))),  # arXiv:2403.03206
+}
 
 
 def add_noise(latents: mx.array, noise: mx.array, sigmas: mx.array) -> mx.array:
@@ -47,7 +81,7 @@ def flow_loss(
         noise: like latents.
         sigmas: noise level of each sample (B,), in [0, 1].
         keep_first: (B,) bool: image-to-video, whose first latent frame is clean, has timestep 0 and no part in
-            the loss, as in the official TI2V.
+            the loss, as in the official TI2V. Not for clips of a single latent frame, which would have no loss.
     """
     frames = latents.shape[1]
     known = keep_first[:, None] & (mx.arange(frames) == 0)[None]  # (B, t)

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,14 @@ from mlx_wan.models.vae22 import VAEConfig
 from mlx_wan.schedulers import SCHEDULERS
 from mlx_wan.training.captions import build_tokenizer
 from mlx_wan.training.fields import build
+from mlx_wan.training.options import FREE_OPTIONS, FinetuneRecipe
 from mlx_wan.training.trainer import TrainConfig
 from mlx_wan.zoo import SAMPLING_TYPES
 
 RUN_FILE = "run.json"
 # A run may go on with other values of these: they leave its weights alone.
 _FREE = ("train.report_every", "train.eval_every", "train.save_every", "train.keep", "validation_clips", "sampling.")
+_FREE += tuple(f"finetune.{name}" for name in FREE_OPTIONS)
 
 
 @dataclass(frozen=True)
@@ -193,13 +195,36 @@ def _at_least(config: Any, least: int, *names: str, section: str = "") -> None:
 
 # --- reading ---------------------------------------------------------------------------------------------------------
 
-_STAGES = {"autoencoder": AutoencoderRecipe, "transformer": TransformerRecipe}
+_STAGES = {"autoencoder": AutoencoderRecipe, "transformer": TransformerRecipe, "finetune": FinetuneRecipe}
+Recipe = AutoencoderRecipe | TransformerRecipe | FinetuneRecipe
 
 
-def read_recipe(path: Path, train: dict[str, Any] | None = None) -> AutoencoderRecipe | TransformerRecipe:
-    """The recipe in `path`; `train` replaces values of its train section. UserError says what is wrong and where."""
+def read_recipe(path: Path | None, changes: dict[str, Any] | None = None) -> Recipe:
+    """The recipe in `path`, or of `changes` alone for fine-tuning. UserError says what is wrong and where.
+
+    changes: values that go before the file's: keys of the recipe for stage finetune, of its train section for others.
+    """
+    if path is None:
+        return build(FinetuneRecipe, changes or {}, "the command line")
+    values = _read_yaml(path)
+    stage = values.pop("stage", None) if isinstance(values, dict) else None
+    if not isinstance(stage, str) or stage not in _STAGES:
+        raise UserError(f"{path}: stage must be one of {', '.join(_STAGES)}")
+    section = values if stage == "finetune" else values.get("train")
+    if isinstance(section, dict):
+        section.update(changes or {})
+    return build(_STAGES[stage], values, str(path))
+
+
+def stage_of(path: Path) -> str | None:
+    """The stage that a recipe says it is of; None if it says none. UserError as `read_recipe`."""
+    values = _read_yaml(path)
+    return values.get("stage") if isinstance(values, dict) else None
+
+
+def _read_yaml(path: Path) -> Any:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read the recipe {path}: {error.strerror}") from None
     except UnicodeDecodeError:
@@ -208,12 +233,6 @@ def read_recipe(path: Path, train: dict[str, Any] | None = None) -> AutoencoderR
         mark = getattr(error, "problem_mark", None)
         line = f" (line {mark.line + 1})" if mark else ""
         raise UserError(f"{path} is not YAML{line}: {getattr(error, 'problem', None) or error}") from None
-    stage = values.pop("stage", None) if isinstance(values, dict) else None
-    if not isinstance(stage, str) or stage not in _STAGES:
-        raise UserError(f"{path}: stage must be one of {', '.join(_STAGES)}")
-    if isinstance(values.get("train"), dict):
-        values["train"] = {**values["train"], **(train or {})}
-    return build(_STAGES[stage], values, str(path))
 
 
 # --- the folder of a run ---------------------------------------------------------------------------------------------
@@ -234,13 +253,13 @@ def describe(recipe: AutoencoderRecipe | TransformerRecipe, processes: int, vae:
 
 
 def check_writable(folder: Path) -> None:
-    """UserError if nothing can be written into `folder`, which is made if needed. For use before hours of work."""
+    """UserError if nothing can be written into the folder of a run, which is made if needed. Before hours of work."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise UserError(f"--run {folder}: cannot write there ({error.strerror}); choose another folder") from None
+        raise UserError(f"{folder}: cannot write there ({error.strerror}); choose another folder") from None
 
 
 def check_same_run(folder: Path, facts: dict[str, Any]) -> None:
@@ -254,7 +273,10 @@ def check_same_run(folder: Path, facts: dict[str, Any]) -> None:
         raise UserError(
             f"{path} cannot be read; remove it to go on without checking that the recipe is the same"
         ) from None
-    then, now = _leaves(before), _leaves(facts)
+    # A key of `train` that is younger than the run had its default then.
+    now = _leaves(facts)
+    defaults = {name: field.default for field in fields(TrainConfig) if (name := f"train.{field.name}") in now}
+    then = defaults | _leaves(before)
     changed = [name for name in {**then, **now} if then.get(name) != now.get(name) and not name.startswith(_FREE)]
     if changed:
         name = changed[0]

@@ -8,7 +8,7 @@ import json
 import random
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from functools import reduce
+from functools import partial, reduce
 from operator import add
 from pathlib import Path
 from typing import Any
@@ -183,12 +183,14 @@ def encode_pool(
 ) -> tuple[mx.array, np.ndarray]:
     """Latents (count, t, h, w, C), float16, and token ids (count, captions, text_len) of freshly drawn clips."""
     latents, texts, done, batch = [], [], 0, min(count, recipe.encode_batch)
-    compiled = mx.compile(lambda params: _encode(vae, params, recipe.clips))
+    encode = partial(_encode, vae, recipe.clips)
+    if recipe.train.compile:
+        encode = mx.compile(encode)
     draw_words = random.Random(seed)
     rng = np.random.default_rng([seed, int(held_out)])
     while done < count:
         scenes, params, first = sample_batch(rng, batch, held_out=held_out, objects=recipe.objects)
-        latents.append(compiled(mx.array(params)))
+        latents.append(encode(mx.array(params)))
         mx.eval(latents[-1])  # one batch of pixels in memory at a time
         texts += [
             [one] + [caption(s, draw_words) for _ in range(recipe.captions - 1)]
@@ -201,7 +203,7 @@ def encode_pool(
     return pool, ids.reshape(-1, recipe.captions, ids.shape[1])[:count]
 
 
-def _encode(vae: WanVAE22, params: mx.array, clips: Clips) -> mx.array:
+def _encode(vae: WanVAE22, clips: Clips, params: mx.array) -> mx.array:
     mean, _ = vae.moments(draw(params, clips), FeatureCache())
     return vae.normalise(mean).astype(mx.float16)
 

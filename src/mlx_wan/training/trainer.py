@@ -11,40 +11,49 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
+import numpy as np
 from mlx.utils import tree_map, tree_map_with_path
 
 from mlx_wan.errors import CheckpointError, UserError, WanError
 from mlx_wan.training.checkpoint import damaged_states, load_state, newest_state, save_state
+from mlx_wan.training.muon import BatchedMuon
 
 Batch = dict[str, mx.array]
-Loss = Callable[[nn.Module, Batch, mx.array], tuple[mx.array, dict[str, mx.array]]]
+Numbers = dict[str, mx.array]
+# (model, batch, key) -> loss, and named numbers for the log; an array (B,) among them holds the loss of each clip.
+Loss = Callable[[nn.Module, Batch, mx.array], tuple[mx.array, Numbers]]
+SPIKE_AFTER = 20  # steps, before which there is no telling what a spike is
 
-_DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """How to train.
 
-    steps: optimizer steps in all. learning_rate: after `warmup_steps` of linear rise; a cosine takes it to zero at
-    `steps`. optimizer: "adamw", or "muon" for matrices with AdamW for the rest. grad_clip: largest gradient norm.
-    ema_decay: of the exponential moving average of the weights, which is what gets exported. compute_dtype: of
-    weights and activations inside the loss. *_every: in steps. keep: how many states stay on disk.
+    steps: optimizer steps in all. batch_size: clips of a batch; `grad_accumulation_steps` batches make a step.
+    learning_rate: after `warmup_steps` of linear rise; `schedule` says what follows until `steps`. optimizer: a key of
+    OPTIMIZERS. grad_clip: largest gradient norm. ema_decay: of the exponential moving average of the weights, which is
+    what gets exported; it is smaller in the first steps, whose weights would linger otherwise; 0 exports the weights
+    themselves. compute_dtype: of weights and activations inside the loss. *_every: in steps. keep: how many states stay
+    on disk. compile: the whole step; compile_update: without it, at least what follows the gradients. spike_factor: a
+    loss of so many times the running mean stops the run; 0 lets it pass.
     """
 
     steps: int
     batch_size: int
     learning_rate: float
     warmup_steps: int = 100
+    schedule: str = "cosine"
+    grad_accumulation_steps: int = 1
     optimizer: str = "adamw"
     muon_learning_rate: float = 0.02
     weight_decay: float = 0.01
@@ -58,19 +67,23 @@ class TrainConfig:
     save_every: int = 1000
     keep: int = 2
     compile: bool = True
+    compile_update: bool = False
+    spike_factor: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.compute_dtype not in _DTYPES:
-            raise UserError(f"compute_dtype is {self.compute_dtype!r}; choose one of {', '.join(_DTYPES)}")
-        if self.optimizer not in ("adamw", "muon"):
-            raise UserError(f"optimizer is {self.optimizer!r}; choose adamw or muon")
-        for name in ("steps", "batch_size", "report_every", "eval_every", "save_every", "keep"):
+        if self.compute_dtype not in DTYPES:
+            raise UserError(f"compute_dtype is {self.compute_dtype!r}; choose one of {', '.join(DTYPES)}")
+        for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
+            if getattr(self, name) not in known:
+                raise UserError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(known)}")
+        counts = ("steps", "batch_size", "grad_accumulation_steps", "report_every", "eval_every", "save_every", "keep")
+        for name in counts:
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("learning_rate", "muon_learning_rate", "grad_clip"):
             if getattr(self, name) <= 0:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be above 0")
-        for name in ("warmup_steps", "weight_decay", "seed"):
+        for name in ("warmup_steps", "weight_decay", "seed", "spike_factor"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} is {getattr(self, name)}; it must not be negative")
         for name in ("beta2", "ema_decay"):
@@ -79,31 +92,59 @@ class TrainConfig:
 
     @property
     def dtype(self) -> mx.Dtype:
-        return _DTYPES[self.compute_dtype]
+        return DTYPES[self.compute_dtype]
 
 
-def warmup_cosine(peak: float, warmup: int, steps: int) -> Callable[[mx.array], mx.array]:
-    """Learning rate of a step: rises linearly to `peak`, then falls to 0 along a cosine."""
-    decay = optim.cosine_decay(peak, max(1, steps - warmup), 0.0)
+# What follows the warm-up: (peak, steps) -> learning rate.
+SCHEDULES: dict[str, Callable[[float, int], Callable[[mx.array], mx.array]]] = {
+    "cosine": lambda peak, steps: optim.cosine_decay(peak, steps, 0.0),
+    "linear": lambda peak, steps: optim.linear_schedule(peak, 0.0, steps),
+    "constant": lambda peak, steps: lambda step: mx.array(peak),
+}
+
+
+def learning_rates(peak: float, warmup: int, steps: int, schedule: str) -> Callable[[mx.array], mx.array]:
+    """Learning rate of a step: rises linearly to `peak`, then falls to 0 at `steps`, or stays."""
+    after = SCHEDULES[schedule](peak, max(1, steps - warmup))
     if warmup == 0:
-        return decay
-    return optim.join_schedules([optim.linear_schedule(peak / warmup, peak, warmup), decay], [warmup])
+        return after
+    return optim.join_schedules([optim.linear_schedule(peak / warmup, peak, warmup), after], [warmup])
+
+
+Rate = Callable[[mx.array], mx.array]
+
+
+def _adamw(rate: Rate, config: TrainConfig) -> optim.Optimizer:
+    # With bias correction, which MLX leaves off by default.
+    betas = [0.9, config.beta2]
+    return optim.AdamW(rate, betas=betas, weight_decay=config.weight_decay, bias_correction=True)
+
+
+def _muon(rate: Rate, config: TrainConfig) -> optim.Optimizer:
+    peak = config.muon_learning_rate
+    muon = BatchedMuon(_rates(peak, config), weight_decay=config.weight_decay)
+    return optim.MultiOptimizer([muon, _adamw(rate, config)], [_is_hidden_matrix])
+
+
+OPTIMIZERS: dict[str, Callable[[Rate, TrainConfig], optim.Optimizer]] = {
+    "adamw": _adamw,
+    "adam": lambda rate, config: optim.Adam(rate, betas=[0.9, config.beta2], bias_correction=True),
+    "muon": _muon,  # for matrices, with AdamW for what it does not take
+    "lion": lambda rate, config: optim.Lion(rate, weight_decay=config.weight_decay),
+    "adafactor": lambda rate, config: optim.Adafactor(
+        rate, scale_parameter=False, relative_step=False, weight_decay=config.weight_decay
+    ),
+    "sgd": lambda rate, config: optim.SGD(rate, weight_decay=config.weight_decay),
+}
 
 
 def make_optimizer(config: TrainConfig) -> optim.Optimizer:
-    """AdamW with bias correction (MLX leaves it off by default), alone or for what Muon does not take."""
-    adamw = optim.AdamW(
-        warmup_cosine(config.learning_rate, config.warmup_steps, config.steps),
-        betas=[0.9, config.beta2],
-        weight_decay=config.weight_decay,
-        bias_correction=True,
-    )
-    if config.optimizer == "adamw":
-        return adamw
-    muon = optim.Muon(
-        warmup_cosine(config.muon_learning_rate, config.warmup_steps, config.steps), weight_decay=config.weight_decay
-    )
-    return optim.MultiOptimizer([muon, adamw], [_is_hidden_matrix])
+    """The optimizer that `config` names, with its schedule."""
+    return OPTIMIZERS[config.optimizer](_rates(config.learning_rate, config), config)
+
+
+def _rates(peak: float, config: TrainConfig) -> Rate:
+    return learning_rates(peak, config.warmup_steps, config.steps, config.schedule)
 
 
 def _is_hidden_matrix(name: str, weight: mx.array) -> bool:
@@ -133,6 +174,11 @@ def in_compute_dtype(loss: Loss, dtype: mx.Dtype, float32: tuple[str, ...]) -> L
             model.update(masters)
 
     return wrapped
+
+
+def _steps_of(optimizer: optim.Optimizer) -> mx.array:
+    """How many updates it has made; all parts of a MultiOptimizer make them together."""
+    return optimizer.optimizers[0].step if isinstance(optimizer, optim.MultiOptimizer) else optimizer.step
 
 
 def _number(array: mx.array) -> float:
@@ -190,46 +236,96 @@ class Trainer:
         config: how.
         folder: where states and `log.jsonl` go.
         float32: parts of names of parameters that the compute dtype leaves alone.
+        names: batch number -> what its clips are called, for messages.
+
+    Frozen parameters of the model are left alone, in whatever type they are, and are no part of a state.
     """
 
-    def __init__(self, model: nn.Module, loss: Loss, config: TrainConfig, folder: Path, float32: tuple[str, ...] = ()):
-        self.model, self.config, self.folder = model, config, folder
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss,
+        config: TrainConfig,
+        folder: Path,
+        float32: tuple[str, ...] = (),
+        names: Callable[[int], Sequence[str]] = lambda index: (),
+    ):
+        self.model, self.config, self.folder, self._names = model, config, folder, names
         self.world = mx.distributed.init()
         self.optimizer = make_optimizer(config)
         self.optimizer.init(model.trainable_parameters())
-        self.ema = {"weights": tree_map(lambda a: a + 0, model.trainable_parameters())}
-        self.step = 0
+        self.ema = {"weights": self._average(None)}
+        self.step, self._mean_loss, self._seen = 0, 0.0, 0
         self._value_and_grad = nn.value_and_grad(model, in_compute_dtype(loss, config.dtype, float32))
         mx.eval(self._arrays())
-        self._update = self._compiled_step()
+        self._make_steps()
 
     def _arrays(self) -> list[Any]:
         return [self.model.state, self.optimizer.state, self.ema]
 
-    def _compiled_step(self) -> Callable[[Batch, mx.array], dict[str, mx.array]]:
-        if not self.config.compile:
-            return self._step
-        arrays = self._arrays()
-        return partial(mx.compile, inputs=arrays, outputs=arrays)(self._step)
+    def _make_steps(self) -> None:
+        """The parts of a step, compiled over the trees of arrays as they are now."""
+        arrays, whole = self._arrays(), self.config.compile
 
-    def _step(self, batch: Batch, key: mx.array) -> dict[str, mx.array]:
+        def compiled(function: Callable, wanted: bool) -> Callable:
+            return mx.compile(function, arrays, arrays) if wanted else function
+
+        self._add_gradients = compiled(self._accumulate, whole)
+        self._apply = compiled(self._move, whole or self.config.compile_update)
+        self._whole_step = compiled(self._step, whole)
+
+    def _step(self, batch: Batch, key: mx.array) -> Numbers:
         (loss, parts), grads = self._value_and_grad(self.model, batch, key)
+        return {"loss": loss, "grad_norm": self._apply(grads), **parts}
+
+    def _accumulate(self, batch: Batch, key: mx.array, sums: Any) -> tuple[Numbers, Any]:
+        (loss, parts), grads = self._value_and_grad(self.model, batch, key)
+        share = 1 / self.config.grad_accumulation_steps
+        return {"loss": loss, **parts}, tree_map(lambda s, g: s + share * g, sums, grads)
+
+    def _move(self, grads: Any) -> mx.array:
+        """Changes weights, optimizer and average by the gradients; returns their norm before clipping."""
         grads = nn.average_gradients(grads, self.world)
         grads, norm = optim.clip_grad_norm(grads, self.config.grad_clip)
         self.optimizer.update(self.model, grads)
-        decay = self.config.ema_decay
-        self.ema["weights"] = tree_map(
-            lambda e, w: decay * e + (1 - decay) * w, self.ema["weights"], self.model.trainable_parameters()
-        )
-        return {"loss": loss, "grad_norm": norm, **parts}
+        self.ema["weights"] = self._average(self.ema["weights"])
+        return norm
+
+    def _average(self, before: Any) -> Any:
+        weights, decay = self.model.trainable_parameters(), self.config.ema_decay
+        if decay == 0:
+            return weights
+        if before is None:
+            return tree_map(lambda a: a + 0, weights)
+        steps = _steps_of(self.optimizer).astype(mx.float32)
+        decay = mx.minimum(decay, steps / (steps + 9))
+        return tree_map(lambda e, w: decay * e + (1 - decay) * w, before, weights)
+
+    def _advance(self, batch_at: Callable[[int], Batch]) -> Numbers:
+        """One step from as many batches as it takes; its numbers, means over the batches."""
+        batches = self._batches(self.step)
+        keys = [mx.random.key(self.config.seed * 1_000_003 + index) for index in batches]
+        if len(batches) == 1:
+            return self._whole_step(batch_at(batches[0]), keys[0])
+        sums = tree_map(mx.zeros_like, self.model.trainable_parameters())
+        rows = []
+        for index, key in zip(batches, keys, strict=True):
+            row, sums = self._add_gradients(batch_at(index), key, sums)
+            mx.eval(row, sums)  # one batch's activations in memory at a time
+            rows.append(row)
+        joined = {name: [row[name] for row in rows] for name in rows[0]}
+        numbers = {name: mx.concatenate(v) if v[0].ndim else mx.stack(v).mean() for name, v in joined.items()}
+        return {**numbers, "grad_norm": self._apply(sums)}
+
+    def _batches(self, step: int) -> list[int]:
+        """Numbers of the batches that this process takes for a step."""
+        count = self.config.grad_accumulation_steps
+        return [(step * count + i) * self.world.size() + self.world.rank() for i in range(count)]
 
     def state(self) -> dict[str, Any]:
         """All that a later run needs to go on."""
-        return {
-            "model": self.model.trainable_parameters(),
-            "optimizer": self.optimizer.state,
-            "ema": self.ema["weights"],
-        }
+        state = {"model": self.model.trainable_parameters(), "optimizer": self.optimizer.state}
+        return state | ({"ema": self.ema["weights"]} if self.config.ema_decay else {})
 
     def resume(self) -> bool:
         """Takes up the newest whole state in the folder; False if there is none at all.
@@ -247,9 +343,8 @@ class Trainer:
             return False
         self.model.update(state["model"])
         self.optimizer.state = state["optimizer"]
-        self.ema["weights"] = state["ema"]
-        # The compiled step holds on to the trees it was made with: make it again over the loaded ones.
-        self._update = self._compiled_step()
+        self.ema["weights"] = state["ema"] if self.config.ema_decay else self.model.trainable_parameters()
+        self._make_steps()  # the ones before hold on to the trees they were made with
         return True
 
     def _agree_on_step(self) -> None:
@@ -271,36 +366,56 @@ class Trainer:
         batch_at: Callable[[int], Batch],
         evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
         report: Callable[[dict[str, float]], None] = lambda row: None,
+        saving: Callable[[int], None] = lambda step: None,
+        visit: Callable[[int], bool] = lambda step: False,
     ) -> None:
         """Runs from the current step to the last.
 
-        batch_at: batch number i; the same number must give the same batch. evaluate: numbers of the averaged model,
-        every `eval_every` steps and at the end. report: gets each row that goes to the log. SIGINT or SIGTERM, in
-        any of the processes, lets the step end, writes a state and raises KeyboardInterrupt. A loss that is not
-        finite stops with the states of before kept.
+        SIGINT or SIGTERM, in any of the processes, lets the step end, writes a state and raises KeyboardInterrupt. A
+        loss that is not finite, or spikes, stops with the states of before kept.
+
+        Args:
+            batch_at: batch number i; the same number must give the same batch.
+            evaluate: numbers of the averaged model, every `eval_every` steps and at the end.
+            report: gets each row that goes to the log.
+            saving: called with the step in the first process, before its state is written.
+            visit: called after every step in the first process; True: it took time, which the log's rates leave out.
         """
-        config, clock, stop = self.config, _Clock(self.step), None
+        config, clock, stop, unread = self.config, _Clock(self.step), None, None
         self._trim_log()
         with _Signals() as signals:
             while self.step < config.steps:
-                index = self.step * self.world.size() + self.world.rank()
-                numbers = self._update(batch_at(index), mx.random.key(config.seed * 1_000_003 + index))
+                numbers = self._advance(batch_at)
                 stop, stop_before = self._share(signals.asked), stop
                 mx.async_eval(numbers, self._arrays(), stop)
-                self.step += 1
-                if self._due(config.report_every):
-                    row = self._finite(numbers)
-                    rate = clock.rate(self.step)
-                    self._log({**row, "steps_per_s": rate, "peak_gib": mx.get_peak_memory() / 2**30}, report)
+                if unread is not None:
+                    self._checked(unread)  # a step behind: nobody waits for the one under way
+                self.step, unread = self.step + 1, numbers
+                stopping = self._agreed(signals.asked, stop_before)
+                if self._due(config.report_every) or self._due(config.save_every) or stopping:
+                    row, unread = self._checked(numbers), None
+                    if self._due(config.report_every):
+                        self._log({**row, **self._pace(clock)}, report)
                 if evaluate and self._due(config.eval_every) and self.is_first:
                     self._log(self.with_averaged_weights(evaluate), report)
                     clock = _Clock(self.step)
-                stopping = self._agreed(signals.asked, stop_before)
+                if self.is_first and visit(self.step):
+                    clock = _Clock(self.step)
                 if self._due(config.save_every) or stopping:
-                    self._finite(numbers)
+                    if self.is_first:
+                        saving(self.step)
                     self.save()
                 if stopping:
                     raise KeyboardInterrupt
+
+    def _pace(self, clock: "_Clock") -> dict[str, float]:
+        rate, config = clock.rate(self.step), self.config
+        return {
+            "learning_rate": _number(self.optimizer.learning_rate),
+            "steps_per_s": rate,
+            "clips_per_s": rate * config.batch_size * config.grad_accumulation_steps * self.world.size(),
+            "peak_gib": mx.get_peak_memory() / 2**30,
+        }
 
     def _share(self, asked: bool) -> mx.array:
         return mx.distributed.all_sum(mx.array(int(asked)), group=self.world)
@@ -320,7 +435,7 @@ class Trainer:
     def _due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.config.steps
 
-    def with_averaged_weights(self, function: Callable[[nn.Module], Any]) -> Any:
+    def with_averaged_weights(self, function: Callable[[Any], Any]) -> Any:
         """function(model) while the model holds the moving average of its weights."""
         weights = self.model.trainable_parameters()
         self.model.update(self.ema["weights"])
@@ -329,17 +444,33 @@ class Trainer:
         finally:
             self.model.update(weights)
 
-    def _finite(self, numbers: Mapping[str, mx.array]) -> dict[str, float]:
-        """The numbers of a step; WanError if one is not finite: then the weights are not either."""
-        row = {name: _number(value) for name, value in numbers.items()}
+    def _checked(self, numbers: Numbers) -> dict[str, float]:
+        """The numbers of the step before `self.step`; WanError if one is not finite or the loss spikes.
+
+        Not finite: then the weights are not either. Values of single clips are for the message alone.
+        """
+        row = {name: _number(value) for name, value in numbers.items() if value.ndim == 0}
+        clips = next((np.array(value) for value in numbers.values() if value.ndim), np.zeros(0))
         bad = [name for name, value in row.items() if not math.isfinite(value)]
         if bad:
-            last = newest_state(self.folder)
-            raise WanError(
-                f"{bad[0]} is {row[bad[0]]} at step {self.step}: training stopped; the last good state is "
-                f"{last or 'none'}; lower the learning rate or use compute_dtype float32"
-            )
+            self._stop(f"{bad[0]} is {row[bad[0]]}", ~np.isfinite(clips), "use compute_dtype float32")
+        loss, limit = row["loss"], self.config.spike_factor * self._mean_loss
+        if self._seen >= SPIKE_AFTER and 0 < limit < loss:
+            what = f"loss is {loss:.4g}, and was {self._mean_loss:.4g} on average"
+            self._stop(what, clips == clips.max(initial=0.0), "raise spike_factor")
+        self._seen += 1
+        self._mean_loss += (loss - self._mean_loss) * max(0.02, 1 / self._seen)
         return row
+
+    def _stop(self, what: str, guilty: np.ndarray, other: str) -> NoReturn:
+        names = [name for index in self._batches(self.step - 1) for name in self._names(index)]
+        if guilty.any() and len(guilty) == len(names):
+            names = [name for name, at_fault in zip(names, guilty, strict=True) if at_fault]
+        where = f" (at {'; '.join(names[:4])})" if names else ""
+        raise WanError(
+            f"{what} at step {self.step}{where}: training stopped; the last good state is "
+            f"{newest_state(self.folder) or 'none'}; lower the learning rate or {other}"
+        )
 
     def _trim_log(self) -> None:
         """Drops what the log says of steps that will be done again, and a line that was cut short."""

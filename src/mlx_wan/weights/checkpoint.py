@@ -99,7 +99,23 @@ OFFICIAL_EXPERTS = Layout(
     "Wan2.1",
     {part: f"{name}/config.json" for part, name in EXPERT_FOLDERS.items()},
 )
-LAYOUTS = (NATIVE, WAN22_MLX, OFFICIAL, OFFICIAL_21, OFFICIAL_21_I2V, OFFICIAL_EXPERTS)
+DIFFUSERS = Layout(
+    "Diffusers",
+    {
+        "transformer": _either("transformer/diffusion_pytorch_model"),
+        "text_encoder": _either("text_encoder/model"),
+        "vae": _either("vae/diffusion_pytorch_model"),
+        "tokenizer": ("tokenizer/tokenizer.json",),
+    },
+    TURN,
+    configs={},
+)
+DIFFUSERS_EXPERTS = replace(
+    DIFFUSERS, files={**DIFFUSERS.files, "transformer_2": _either("transformer_2/diffusion_pytorch_model")}
+)
+# Files of any names, told by what is in them: ComfyUI's folders, GGUF, or parts given one by one.
+SINGLE_FILES = Layout("single files", {}, TURN, configs={})
+LAYOUTS = (NATIVE, WAN22_MLX, OFFICIAL, OFFICIAL_21, OFFICIAL_21_I2V, OFFICIAL_EXPERTS, DIFFUSERS, DIFFUSERS_EXPERTS)
 
 
 @dataclass(frozen=True)
@@ -124,7 +140,7 @@ class Checkpoint:
         transformer, text_encoder, vae: its parts.
         transformer_2: the low-noise expert where there are two; `transformer` is the high-noise one then.
         image_encoder: of a model that takes image embeddings.
-        tokenizer: its tokenizer.json.
+        tokenizer: its tokenizer.json, or what such a file would hold.
         *_config: dimensions of the parts; both experts have the same.
         quantization: how its matrices are packed; None if they are not.
     """
@@ -137,7 +153,7 @@ class Checkpoint:
     transformer: Component
     text_encoder: Component
     vae: Component
-    tokenizer: Path
+    tokenizer: Path | bytes
     transformer_config: TransformerConfig
     text_encoder_config: TextEncoderConfig
     vae_config: VAEConfig | VAE21Config
@@ -145,6 +161,10 @@ class Checkpoint:
     image_encoder: Component | None = None
     image_encoder_config: ImageEncoderConfig | None = None
     quantization: Quantization | None = None
+
+    def tokenizer_json(self) -> bytes:
+        """What its tokenizer.json holds."""
+        return self.tokenizer if isinstance(self.tokenizer, bytes) else self.tokenizer.read_bytes()
 
     @property
     def parts(self) -> dict[str, Component]:

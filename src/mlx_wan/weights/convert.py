@@ -1,4 +1,4 @@
-"""From any layout to the native one, without torch, one tensor in memory at a time."""
+"""From any layout to the native one, or one of others, without torch, one tensor in memory at a time."""
 
 import os
 import shutil
@@ -11,6 +11,7 @@ import mlx.core as mx
 
 from mlx_wan.errors import UserError
 from mlx_wan.weights.checkpoint import Checkpoint
+from mlx_wan.weights.export import WRITERS
 from mlx_wan.weights.fit import component_tensors
 from mlx_wan.weights.locate import locate
 from mlx_wan.weights.quantize import Quantization, quantize_tensors
@@ -18,6 +19,7 @@ from mlx_wan.weights.save import MAX_SHARD_BYTES, native_config, remove_tensors,
 from mlx_wan.weights.tensors import TensorInfo
 
 Parts = Mapping[str, list[TensorInfo]]
+Change = Callable[[Checkpoint, str, list[TensorInfo]], list[TensorInfo]]
 
 
 def convert(
@@ -28,11 +30,13 @@ def convert(
     group_size: int | None = None,
     mode: str = "affine",
     *,
+    to: str = "native",
+    change: Change | None = None,
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
-    """Writes the checkpoint `src` (anything `locate` takes) to the folder `dst` in the native layout.
+    """Writes the checkpoint `src` (anything `locate` takes) to the folder `dst`.
 
     Args:
         dtype: of the matrices; None leaves each as it is stored. The VAE and the parts of the transformer that
@@ -40,7 +44,10 @@ def convert(
         bits: 4 or 8 packs the matrices that `quantize.QUANTIZED` names; None packs nothing.
         group_size: how many values of a row share a scale; None for the mode's default.
         mode: one of `quantize.MODES`, which also says its bits and group sizes.
-        overwrite: whether a native model in `dst` may be replaced; other files there stay.
+        to: the layout to write: "native", or "official" and "diffusers" for the programs of others.
+        change: what to do with the tensors of each component before they are packed: called with the checkpoint,
+            the component's name and its tensors as the module takes them.
+        overwrite: whether a native model in `dst` may be replaced by another; other files there stay.
         max_shard_bytes: a component larger than this is split into several files with an index.
         progress: called with the bytes done and the bytes in all, before each tensor.
 
@@ -53,24 +60,31 @@ def convert(
     """
     dst = Path(dst).expanduser()
     how = None if bits is None else Quantization(bits, group_size, mode)
+    if to != "native" and to not in WRITERS:
+        raise UserError(f"cannot write the layout {to!r}; choose one of native, {', '.join(WRITERS)}")
+    if to != "native" and how is not None:
+        raise UserError(f"packed matrices have no place in the {to} layout; leave the bits out")
     checkpoint = locate(src)
     if checkpoint.quantization is not None:
         raise UserError(f"{checkpoint.folder}: is quantized already; convert the original")
-    _check_destination(checkpoint.folder, dst, overwrite)
-    parts = _parts(checkpoint, dtype, how)
+    _check_destination(checkpoint.folder, dst, overwrite and to == "native")
+    parts = _parts(checkpoint, dtype, how, change or (lambda _, __, tensors: tensors))
     partial = _make_partial(dst, _size(parts))
     try:
-        config = _config(checkpoint, how)
-        write_native(partial, _watched(parts, progress), checkpoint.tokenizer, config, max_shard_bytes)
+        watched = _watched(parts, progress)
+        if to == "native":
+            write_native(partial, watched, checkpoint.tokenizer, _config(checkpoint, how), max_shard_bytes)
+        else:
+            WRITERS[to](partial, checkpoint, watched, max_shard_bytes)
         _move(partial, dst)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return dst
 
 
-def _parts(checkpoint: Checkpoint, dtype: mx.Dtype | None, how: Quantization | None) -> Parts:
+def _parts(checkpoint: Checkpoint, dtype: mx.Dtype | None, how: Quantization | None, change: Change) -> Parts:
     """The tensors of each part as they will be stored."""
-    parts = {name: component_tensors(checkpoint, name, dtype) for name in checkpoint.parts}
+    parts = {name: change(checkpoint, name, component_tensors(checkpoint, name, dtype)) for name in checkpoint.parts}
     if how is None:
         return parts
     kinds = {name: part.identity.component for name, part in checkpoint.parts.items()}

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from mlx_wan.errors import CheckpointError, UserError
+from mlx_wan.weights.gguf import read_gguf
 from mlx_wan.weights.pickles import read_pth
+from mlx_wan.weights.scaled import join_scales
 from mlx_wan.weights.tensors import DTYPES, LFS_HINT, LFS_POINTER, TensorInfo, mapped_tensor
 
 __all__ = [
@@ -20,7 +22,7 @@ __all__ = [
 ]
 
 PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
-TENSOR_SUFFIXES = (".safetensors", *PICKLE_SUFFIXES)
+TENSOR_SUFFIXES = (".safetensors", *PICKLE_SUFFIXES, ".gguf")
 INDEX_SUFFIX = ".safetensors.index.json"
 MAX_HEADER_BYTES = 100 << 20  # the format's own limit
 
@@ -46,7 +48,9 @@ SAFETENSORS_DTYPES = {
 
 
 def read_tensors(path: str | Path) -> dict[str, TensorInfo]:
-    """Everything in a .safetensors file, a sharded set (its .safetensors.index.json) or a .pth file.
+    """Everything in a .safetensors, .gguf or .pth file, or a sharded set (its .safetensors.index.json).
+
+    Scaled 8-bit floats are one tensor with their scales (`scaled.join_scales`).
 
     Only headers are read, and checked against the files' sizes: 10 GB take milliseconds and no memory.
 
@@ -58,11 +62,13 @@ def read_tensors(path: str | Path) -> dict[str, TensorInfo]:
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     if path.name.endswith(INDEX_SUFFIX):
-        return _read_shards(path)
+        return join_scales(path, _read_shards(path))
     if path.suffix == ".safetensors":
-        return _read_safetensors(path)
+        return join_scales(path, _read_safetensors(path))
     if path.suffix in PICKLE_SUFFIXES:
         return read_pth(path)
+    if path.suffix == ".gguf":
+        return read_gguf(path)
     raise UserError(f"{path}: not a tensor file ({', '.join((*TENSOR_SUFFIXES, INDEX_SUFFIX))})")
 
 

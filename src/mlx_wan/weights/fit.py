@@ -1,5 +1,6 @@
 """The tensors of a checkpoint as our modules take them: renamed, turned, of the right type, and complete."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -80,7 +81,7 @@ def _check(part: Component, component: str, parameters: Mapping[str, mx.array], 
             if name in parameters and name not in plan
         ],
         "of a wrong type": [
-            f"{name} {info.dtype}"
+            f"{name} {info.stored}"
             for name, info in part.tensors.items()
             if name in parameters and not _loadable(info, parameters[name])
         ],
@@ -107,7 +108,7 @@ def _loadable(info: TensorInfo, parameter: mx.array) -> bool:
 def _target(component: str, name: str, info: TensorInfo, dtype: mx.Dtype | None) -> mx.Dtype:
     stored = DTYPES[info.dtype][2]
     assert stored is not None  # _check has seen to it
-    return parameter_dtype(component, name, stored, dtype)
+    return parameter_dtype(component, name, mx.bfloat16 if info.packed and dtype is None else stored, dtype)
 
 
 def parameter_dtype(component: str, name: str, stored: mx.Dtype, dtype: mx.Dtype | None) -> mx.Dtype:
@@ -123,10 +124,10 @@ def parameter_dtype(component: str, name: str, stored: mx.Dtype, dtype: mx.Dtype
 def _fitted(info: TensorInfo, name: str, way: str, shape: tuple[int, ...], dtype: mx.Dtype) -> TensorInfo:
     type_name = dtype_name(dtype)
     size = DTYPES[type_name][0]
-    count = info.nbytes // DTYPES[info.dtype][0]
+    count = math.prod(info.shape)
     load = info.load
 
     def fitted() -> mx.array:
         return turn(load(), way, shape).astype(dtype)
 
-    return replace(info, name=name, shape=shape, dtype=type_name, nbytes=count * size, load=fitted)
+    return replace(info, name=name, shape=shape, dtype=type_name, nbytes=count * size, load=fitted, packed="")

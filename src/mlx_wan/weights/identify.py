@@ -1,10 +1,13 @@
 """Which released model a tensor file belongs to, judged from the names and shapes in it."""
 
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mlx_wan.errors import CheckpointError
-from mlx_wan.weights.layouts import official_names
+from mlx_wan.lora import dialects
+from mlx_wan.weights.layouts import official_names, unwrapped
 from mlx_wan.weights.shapes import FIELDS, Shape, vae_family
 from mlx_wan.zoo import RELEASES
 
@@ -15,21 +18,21 @@ LABELS = {
     "image_encoder": "image encoder",
     "vae": "VAE",
 }
-# Prefixes: ComfyUI and trainers put theirs before every name, CLIP before those of its image half.
-WRAPPERS = ("model.diffusion_model.", "diffusion_model.", "visual.")
 
 # Names that only one kind of model has: (start of a name, component, model). First match wins.
 MARKS: tuple[tuple[str, str, str], ...] = (
-    ("condition_embedder.", "transformer", "Wan transformer under Diffusers names"),
     ("casual_audio_encoder.", "transformer", "Wan2.2 S2V-14B"),
     ("face_adapter.", "transformer", "Wan2.2 Animate-14B"),
     ("pose_patch_embedding.", "transformer", "Wan2.2 Animate-14B"),
     ("vace_blocks.", "transformer", "Wan2.1 VACE"),
-    ("encoder.down_blocks.", "vae", "Wan VAE under Diffusers names"),
-    ("encoder.block.0.layer.0.SelfAttention.", "text_encoder", "T5 encoder under Hugging Face names"),
     ("wav2vec2.", "other", "wav2vec2 audio encoder"),
 )
-LORA_MARKS = (".lora_A.", ".lora_B.", ".lora_a", ".lora_b", ".lora_down.", ".lora_up.", "lora_unet_")
+
+# What an adapter's factors tell of the transformer: (field, layer in any dialect, role whose shape says it).
+ADAPTER_SIZES = (
+    ("dim", r"(self_attn|attn1)[._](q|to_q)$", "lora_a"),
+    ("ffn_dim", r"ffn[._](0|net[._]0[._]proj)$", "lora_b"),
+)
 
 # Starts of names that make a file a component of ours.
 KEYS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -63,9 +66,9 @@ class Identity:
 def identify(shapes: Mapping[str, Shape]) -> Identity:
     """Judges a file by its tensors' names (of any dialect) and shapes. Never fails: what it does not know is
     "unknown"."""
-    if any(mark in name for name in shapes for mark in LORA_MARKS):
-        return Identity("lora", "LoRA")
-    shapes = {_unwrapped(name): shape for name, shape in shapes.items()}
+    if dialects.is_adapter(shapes):
+        return Identity("lora", _adapter(shapes))
+    shapes = {unwrapped(name): shape for name, shape in shapes.items()}
     for start, component, model in MARKS:
         if any(name.startswith(start) for name in shapes):
             return Identity(component, model)
@@ -80,8 +83,26 @@ def identify(shapes: Mapping[str, Shape]) -> Identity:
     return Identity("unknown", "unknown")
 
 
-def _unwrapped(name: str) -> str:
-    return next((name.removeprefix(wrapper) for wrapper in WRAPPERS if name.startswith(wrapper)), name)
+def _adapter(shapes: Mapping[str, Shape]) -> str:
+    """What an adapter file is, and the released transformers whose blocks it fits, as far as its shapes tell."""
+    found: dict[str, int] = {}
+    blocks, roles = 0, set()
+    for name, shape in shapes.items():
+        key = dialects.parse(name)
+        if key is None:
+            continue
+        roles.add(key.role)
+        blocks = max([blocks, *(int(number) + 1 for number in re.findall(r"blocks[._](\d+)[._]", key.layer))])
+        for field, layer, role in ADAPTER_SIZES:
+            if re.search(layer, key.layer) and key.role == role and len(shape) >= 2:
+                found[field] = shape[0] if role == "lora_b" else math.prod(shape[1:])
+    kind = next((kind for mark, kind in dialects.KINDS if any(role.startswith(mark) for role in roles)), "LoRA")
+    if not found:
+        return kind
+    found["num_layers"] = blocks
+    names = [r.name for r in RELEASES if r.component == "transformer" and found.items() <= r.dims.items()]
+    sizes = ", ".join(f"{field} {size}" for field, size in found.items())
+    return f"{kind} for {' or '.join(names) or f'a transformer of an unreleased size ({sizes})'}"
 
 
 def _release(component: str, shapes: Mapping[str, Shape]) -> Identity:

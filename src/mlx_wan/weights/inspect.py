@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from mlx_wan.errors import CheckpointError, UserError
-from mlx_wan.weights.checkpoint import EMBEDDED, PARTS, Layout
+from mlx_wan.weights.checkpoint import EMBEDDED, PARTS, SINGLE_FILES, Layout
 from mlx_wan.weights.files import INDEX_SUFFIX, TENSOR_SUFFIXES, read_index, read_metadata, read_tensors
-from mlx_wan.weights.identify import LABELS, Identity, identify
+from mlx_wan.weights.identify import COMPONENTS, LABELS, Identity, identify
 from mlx_wan.weights.locate import layout_of
+from mlx_wan.weights.loose import NEEDED
 from mlx_wan.weights.tensors import TensorInfo
 
 # The part of a name that says where in the model a tensor sits: "blocks.7", "encoder.downsamples.2", "head".
@@ -25,7 +26,8 @@ def describe(path: str | Path) -> dict[str, Any]:
 
     Returns:
         A dict that JSON can hold:
-        path, model (what it is), layout (of a checkpoint folder, else None), quantization (None if there is none),
+        path, model (what it is), use (the flag of `mlx-wan generate` it goes to, None if to none),
+        layout (of a checkpoint folder, else None), quantization (None if there is none),
         total: {tensors, parameters, bytes},
         components: name ("transformer_2": the second expert) -> {model, tensors, parameters, bytes,
         dtypes: {dtype: bytes}, blocks: {block: {tensors, parameters, bytes}}},
@@ -50,9 +52,12 @@ def describe(path: str | Path) -> dict[str, Any]:
         for group, part in zip(groups, parts, strict=True)
         for info in group.values()
     ]
+    if layout is None and path.is_dir() and _whole(identities):
+        layout = SINGLE_FILES
     return {
         "path": str(path),
         "model": _model(config, identities),
+        "use": _use(path, layout, identities),
         "layout": layout and layout.name,
         "quantization": quantization,
         "total": _sum(rows),
@@ -60,6 +65,23 @@ def describe(path: str | Path) -> dict[str, Any]:
         "tensors": [{key: value for key, value in row.items() if key != "parameters"} for row in rows],
         "problems": problems,
     }
+
+
+def _whole(identities: list[Identity]) -> bool:
+    """Whether there is exactly one of each part that every model has, of a kind that runs."""
+    found = sorted(identity.component for identity in identities if identity.component in NEEDED)
+    return found == sorted(NEEDED) and all(i.runs for i in identities if i.component in COMPONENTS)
+
+
+def _use(path: Path, layout: Layout | None, identities: list[Identity]) -> str | None:
+    if any(identity.component in COMPONENTS and not identity.runs for identity in identities):
+        return None
+    if path.is_dir():
+        return f"mlx-wan generate --ckpt_dir {path}" if layout is not None else None
+    component = identities[0].component
+    if component == "lora":
+        return f"mlx-wan generate --lora {path} [STRENGTH]"
+    return f"mlx-wan generate --ckpt_dir DIR --{component} {path}" if component in COMPONENTS else None
 
 
 def _groups(path: Path, problems: list[str]) -> list[dict[str, TensorInfo]]:
@@ -167,7 +189,7 @@ def _row(
     return {
         "name": info.name,
         "shape": list(info.shape),
-        "dtype": info.dtype,
+        "dtype": info.stored,
         "bytes": info.nbytes,
         "file": info.file.relative_to(root).as_posix(),
         "component": component,

@@ -1,6 +1,5 @@
 """Builds the modules of a checkpoint and fills them, strictly: every tensor of one is a tensor of the other."""
 
-from pathlib import Path
 from typing import TypeVar
 
 import mlx.core as mx
@@ -14,28 +13,24 @@ from mlx_wan.weights.checkpoint import Checkpoint
 from mlx_wan.weights.fit import fit_tensors, make_vae
 from mlx_wan.weights.locate import locate
 
-__all__ = [
-    "Checkpoint",
-    "load_image_encoder",
-    "load_text_encoder",
-    "load_transformer",
-    "load_vae",
-    "locate",
-    "tokenizer_path",
-]
+__all__ = ["Checkpoint", "load_image_encoder", "load_text_encoder", "load_transformer", "load_vae", "locate"]
 
 Module = TypeVar("Module", bound=nn.Module)
 
 
-def load_transformer(checkpoint: Checkpoint, dtype: mx.Dtype, part: str = "transformer") -> WanTransformer:
-    """The transformer, evaluated; matrices in `dtype`, what `FLOAT32_PARAMETERS` names in float32.
+def load_transformer(
+    checkpoint: Checkpoint, dtype: mx.Dtype, part: str = "transformer", weights: mx.Dtype | None = None
+) -> WanTransformer:
+    """The transformer, evaluated; it computes in `dtype`, what `FLOAT32_PARAMETERS` names in float32.
 
-    part: "transformer", or "transformer_2", the low-noise expert of two.
+    Args:
+        part: "transformer", or "transformer_2", the low-noise expert of two.
+        weights: type of the matrices, for training that keeps more digits than it computes with; None: `dtype`.
 
     Raises:
         CheckpointError: the file changed since `locate`.
     """
-    return _fill(checkpoint, part, WanTransformer(checkpoint.transformer_config, dtype), dtype)
+    return _fill(checkpoint, part, WanTransformer(checkpoint.transformer_config, dtype), weights or dtype)
 
 
 def load_text_encoder(checkpoint: Checkpoint, dtype: mx.Dtype) -> UMT5Encoder:
@@ -52,11 +47,6 @@ def load_image_encoder(checkpoint: Checkpoint, dtype: mx.Dtype) -> ImageEncoder:
 def load_vae(checkpoint: Checkpoint) -> WanVAE:
     """The VAE, evaluated, in float32. Raises as `load_transformer`."""
     return _fill(checkpoint, "vae", make_vae(checkpoint), mx.float32)
-
-
-def tokenizer_path(checkpoint: Checkpoint) -> Path:
-    """The checkpoint's tokenizer.json."""
-    return checkpoint.tokenizer
 
 
 def _fill(checkpoint: Checkpoint, part: str, module: Module, dtype: mx.Dtype) -> Module:

@@ -110,7 +110,7 @@ def native_config(
 def write_native(
     folder: Path,
     parts: Mapping[str, Sequence[TensorInfo]],
-    tokenizer_json: str | Path,
+    tokenizer_json: str | Path | bytes,
     config: Mapping[str, Any],
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
@@ -123,13 +123,16 @@ def write_native(
     metadata = {"format": "mlx"} | ({"quantization": json.dumps(quantization)} if quantization else {})
     for stem, tensors in parts.items():
         write_sharded(folder, stem, tensors, max_shard_bytes, metadata)
-    tokenizer = tokenizer_json.read_bytes() if isinstance(tokenizer_json, Path) else tokenizer_json.encode()
-    _write(folder / "tokenizer.json", tokenizer)
-    _write(config_file, _json(config))
+    if isinstance(tokenizer_json, Path):
+        tokenizer_json = tokenizer_json.read_bytes()
+    content = tokenizer_json if isinstance(tokenizer_json, bytes) else tokenizer_json.encode()
+    _write(folder / "tokenizer.json", content)
+    write_json(config_file, config)
 
 
-def _json(value: Any) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file, whole."""
+    _write(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def _write(path: Path, data: bytes) -> None:
@@ -154,10 +157,11 @@ def module_tensors(module: nn.Module, dtype: mx.Dtype | None = None) -> list[Ten
     if any(isinstance(layer, nn.QuantizedLinear) for layer in module.modules()):
         raise ValueError("a quantized module cannot be saved; save the original and convert it with bits=")
     parameters: dict[str, mx.array] = dict(tree_flatten(module.parameters()))  # pyright: ignore[reportArgumentType]
-    return [_parameter(name, array, dtype) for name, array in parameters.items()]
+    return [array_tensor(name, array, dtype) for name, array in parameters.items()]
 
 
-def _parameter(name: str, array: mx.array, dtype: mx.Dtype | None) -> TensorInfo:
+def array_tensor(name: str, array: mx.array, dtype: mx.Dtype | None = None) -> TensorInfo:
+    """An array dressed as a tensor of a file, in `dtype` if one is given and it holds floats."""
     target = dtype if dtype is not None and mx.issubdtype(array.dtype, mx.floating) else array.dtype
     nbytes = array.size * target.size
     return TensorInfo(name, tuple(array.shape), dtype_name(target), nbytes, Path(), lambda: array.astype(target))
@@ -181,7 +185,7 @@ def write_sharded(
         write_safetensors(folder / name, shard, metadata)
         weight_map |= {info.name: name for info in shard}
     index = {"metadata": {"total_size": sum(info.nbytes for info in tensors)}, "weight_map": weight_map}
-    _write(folder / f"{stem}{INDEX_SUFFIX}", _json(index))
+    write_json(folder / f"{stem}{INDEX_SUFFIX}", index)
 
 
 def write_safetensors(path: Path, tensors: Sequence[TensorInfo], metadata: Mapping[str, str]) -> None:
@@ -198,16 +202,17 @@ def write_safetensors(path: Path, tensors: Sequence[TensorInfo], metadata: Mappi
     with replacing(path) as partial, partial.open("wb") as file:
         file.write(len(raw).to_bytes(8, "little") + raw)
         for info in tensors:
-            _values(info).tofile(file)
+            file.write(tensor_bytes(info))
 
 
-def _values(info: TensorInfo) -> np.ndarray:
+def tensor_bytes(info: TensorInfo) -> memoryview:
+    """The values of a tensor as files have them: little-endian, row by row."""
     array = info.load()
     dtype = dtype_name(array.dtype)
     if dtype != info.dtype or tuple(array.shape) != info.shape:
         raise ValueError(f"{info.name} was announced as {info.dtype} {info.shape}, came as {dtype} {array.shape}")
     bits = array.view(mx.uint16) if array.dtype == mx.bfloat16 else array
-    return np.array(bits)
+    return np.ascontiguousarray(np.array(bits)).reshape(-1).view(np.uint8).data
 
 
 @contextlib.contextmanager

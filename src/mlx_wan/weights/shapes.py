@@ -22,8 +22,11 @@ def transformer_fields(shapes: Shapes, patch_size: Shape = PATCH_SIZE) -> dict[s
     Raises:
         CheckpointError: a tensor is missing or cannot be a transformer's.
     """
-    patch = _shape(shapes, "patch_embedding.weight", 5)
-    if patch[2:] == patch_size:
+    flat = len(shapes.get("patch_embedding.weight", ())) == 2
+    patch = _shape(shapes, "patch_embedding.weight", 2 if flat else 5)
+    if flat and patch[1] % math.prod(patch_size) == 0:
+        in_dim = patch[1] // math.prod(patch_size)
+    elif patch[2:] == patch_size:
         in_dim = patch[1]
     elif patch[1:4] == patch_size:
         in_dim = patch[4]

@@ -28,9 +28,24 @@ DTYPES: dict[str, tuple[int, np.dtype | None, mx.Dtype | None]] = {
     "float32": (4, np.dtype("<f4"), mx.float32),
     "float64": (8, np.dtype("<f8"), mx.float32),
     "complex64": (8, np.dtype("<c8"), mx.complex64),
-    "float8_e4m3": (1, None, None),
-    "float8_e5m2": (1, None, None),
+    "float8_e4m3": (1, np.dtype("<u1"), mx.float32),
+    "float8_e5m2": (1, np.dtype("<u1"), mx.float32),
     "float8_e8m0": (1, None, None),
+}
+
+
+def _e4m3(byte: int) -> float:
+    """Sign, four bits of exponent with bias 7, three of mantissa; no infinities, both all-ones are NaN."""
+    sign, exponent, mantissa = (-1.0 if byte & 128 else 1.0), (byte >> 3) & 15, byte & 7
+    if exponent == 15 and mantissa == 7:
+        return math.nan
+    return sign * (mantissa / 8 * 2.0**-6 if exponent == 0 else (1 + mantissa / 8) * 2.0 ** (exponent - 7))
+
+
+# The value of each byte. An e5m2 is the upper half of a float16.
+FLOAT8 = {
+    "float8_e4m3": np.array([_e4m3(byte) for byte in range(256)], np.float32),
+    "float8_e5m2": (np.arange(256, dtype=np.uint16) << 8).view(np.float16).astype(np.float32),
 }
 
 LFS_POINTER = b"version https://git-lfs.github.com/"
@@ -44,10 +59,11 @@ class TensorInfo:
     Attributes:
         name: its name in the file.
         shape: its dimensions.
-        dtype: a key of `DTYPES`.
-        nbytes: size of its values in bytes.
+        dtype: a key of `DTYPES`, of what `load` returns.
+        nbytes: size of its values in the file, in bytes.
         file: where it is.
-        load: reads the values. Raises CheckpointError for types that are only described (8-bit floats).
+        load: reads the values. Raises CheckpointError for types that are only described.
+        packed: how the file holds it where that is not `dtype`: "Q4_K", "float8_e4m3", ...; else "".
     """
 
     name: str
@@ -56,6 +72,12 @@ class TensorInfo:
     nbytes: int
     file: Path
     load: Callable[[], mx.array]
+    packed: str = ""
+
+    @property
+    def stored(self) -> str:
+        """How the file holds it: `packed` or `dtype`."""
+        return self.packed or self.dtype
 
 
 def mapped_tensor(
@@ -80,7 +102,8 @@ def mapped_tensor(
     return TensorInfo(
         name=name,
         shape=shape,
-        dtype=dtype,
+        dtype="float32" if dtype in FLOAT8 else dtype,
+        packed=dtype if dtype in FLOAT8 else "",
         nbytes=math.prod(shape) * DTYPES[dtype][0],
         file=file,
         load=lambda: _read(name, shape, dtype, file, offset, strides),
@@ -105,6 +128,7 @@ def _read(
         raise CheckpointError(f"{file}: cannot read tensor {name}: {error}") from error
     steps = [s * itemsize for s in strides]
     values = np.lib.stride_tricks.as_strided(flat, shape, steps, writeable=False)
+    values = FLOAT8[dtype][values] if dtype in FLOAT8 else values
     array = mx.array(np.ascontiguousarray(values).reshape(shape))  # copies: the mapping ends here
     return array.view(mlx_dtype) if dtype == "bfloat16" else array
 

@@ -1,0 +1,63 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["gguf==0.19.0", "numpy>=2"]
+# ///
+"""A GGUF file by the gguf package, and what that package makes of every block format.
+
+    uv run parity/make_gguf_fixtures.py
+
+Writes tests/weights/fixtures/wan.gguf and tests/golden/gguf.npz. Formats that gguf does not write (the K ones) are
+random blocks with tame scales; what counts is that both read the same values out of them.
+"""
+
+from pathlib import Path
+
+import gguf
+import numpy as np
+
+TESTS = Path(__file__).resolve().parent.parent / "tests"
+TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
+HALVES = {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}  # where a block keeps its float16 scales
+ROWS, COLUMNS = 3, 512
+
+
+def blocks(name, rng):
+    """(rows, bytes) uint8: quantized normal numbers, or random blocks."""
+    kind = gguf.GGMLQuantizationType[name]
+    if name not in HALVES:
+        return gguf.quants.quantize(rng.standard_normal((ROWS, COLUMNS)).astype(np.float32), kind)
+    values, nbytes = gguf.GGML_QUANT_SIZES[kind]
+    raw = rng.integers(0, 256, (ROWS * COLUMNS // values, nbytes), np.uint8)
+    for at in HALVES[name]:
+        halves = rng.standard_normal((len(raw), 1)).astype(np.float16)
+        raw[:, at : at + 2] = halves.view(np.uint8).reshape(-1, 2)
+    return raw.reshape(ROWS, -1)
+
+
+def main():
+    rng, arrays = np.random.default_rng(0), {}
+    path = TESTS / "weights" / "fixtures" / "wan.gguf"
+    writer = gguf.GGUFWriter(path, "wan")
+    writer.add_string("general.name", "small")
+    writer.add_array("comfy.gguf.orig_shape.patch_embedding.weight", [4, 8, 1, 2, 2])
+    for name in TYPES:
+        kind = gguf.GGMLQuantizationType[name]
+        raw = blocks(name, rng)
+        writer.add_tensor(f"{name}.weight", raw, raw_dtype=kind)
+        arrays[name] = gguf.quants.dequantize(raw, kind)
+    plain = rng.standard_normal((4, 32)).astype(np.float32)
+    writer.add_tensor("patch_embedding.weight", plain)
+    writer.add_tensor("half", plain.astype(np.float16))
+    bits = gguf.quants.quantize(plain, gguf.GGMLQuantizationType.BF16)
+    writer.add_tensor("brain", bits, raw_dtype=gguf.GGMLQuantizationType.BF16)
+    arrays |= {"plain": plain, "brain": gguf.quants.dequantize(bits, gguf.GGMLQuantizationType.BF16)}
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    np.savez_compressed(TESTS / "golden" / "gguf.npz", **arrays)
+    print(path.stat().st_size, (TESTS / "golden" / "gguf.npz").stat().st_size)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,400 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#   "torch==2.13.0", "diffusers==0.42.1", "transformers==5.23.0", "accelerate", "numpy>=2", "safetensors>=0.5",
+# ]
+# ///
+"""Whether training here is training as in PyTorch: one small model, trained twice from the same numbers.
+
+    uv run python parity/train_parity.py prepare runs/parity       # data, initial weights and settings
+    uv run python parity/train_parity.py mlx runs/parity           # this package's Trainer
+    uv run parity/train_parity.py torch runs/parity                # diffusers' WanTransformer3DModel, torch's AdamW
+    uv run python parity/train_parity.py compare runs/parity --plot docs/images/train_parity.png
+
+Both sides read the same initial weights and clips, and draw order, noise, timesteps, dropped captions and given first
+frames of a step from the same NumPy generator. The model has the dimensions of the embedded one and starts from its
+initialisation; the clips are drawn, encoded by the embedded VAE and text encoder. `prepare --steps 2000 --batch 32` on
+a GPU; `mlx --dtype bfloat16` and `torch --dtype bfloat16` (autocast there) for mixed precision. `compare --export`
+writes both results as whole models beside the log, for benchmarks/adherence.py.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+
+VALIDATION_EVERY = 50
+
+
+def sampled(settings, data, step):
+    """(latents, contexts, noise, sigmas, keep_first) of a step, NumPy: what both sides are given."""
+    rng = np.random.default_rng([settings["seed"], step])
+    batch = settings["batch"]
+    index = rng.integers(len(data["latents"]), size=batch)
+    contexts = data["contexts"][index]
+    contexts[rng.random(batch) < 0.1] = data["empty"]
+    u = (rng.permutation(batch) + rng.random(batch)) / batch
+    shift = settings["shift"]
+    sigmas = (shift * u / (1 + (shift - 1) * u)).astype(np.float32)
+    noise = rng.standard_normal(data["latents"][index].shape, dtype=np.float32)
+    return data["latents"][index], contexts, noise, sigmas, rng.random(batch) < 0.2
+
+
+def validation(settings, data):
+    """The same for the validation: every held-out clip once, at levels spread evenly."""
+    count = len(data["val_latents"])
+    rng = np.random.default_rng([settings["seed"], 10**9])
+    noise = rng.standard_normal(data["val_latents"].shape, dtype=np.float32)
+    sigmas = ((np.arange(count) + 0.5) / count).astype(np.float32)
+    whole = (data["val_latents"], data["val_contexts"], noise, sigmas, np.arange(count) % 4 == 0)
+    size = settings["batch"]
+    return [tuple(part[i : i + size] for part in whole) for i in range(0, count, size)]
+
+
+def read(folder):
+    with np.load(folder / "data.npz") as stored:
+        return json.loads((folder / "settings.json").read_text()), dict(stored)
+
+
+class Log:
+    """Rows of a side, with the seconds of each step."""
+
+    def __init__(self, path):
+        self.path, self.rows = path, []
+
+    def __call__(self, row):
+        self.rows.append(row)
+        self.path.write_text("".join(json.dumps(r) + "\n" for r in self.rows))
+        if "val_loss" in row:
+            print(json.dumps(row), flush=True)
+
+
+# --- the data --------------------------------------------------------------------------------------------------------
+
+
+def prepare(args):
+    import mlx_wan  # noqa: F401  before mlx.core: it chooses the BLAS
+
+    import mlx.core as mx  # isort: skip
+    from dataclasses import asdict
+
+    import safetensors.numpy
+    from mlx.utils import tree_flatten
+
+    from mlx_wan.models.transformer import WanTransformer
+    from mlx_wan.models.vae22 import FeatureCache
+    from mlx_wan.text import Tokenizer
+    from mlx_wan.training.scenes import render, sample_batch
+    from mlx_wan.weights.load import load_text_encoder, load_vae, locate
+
+    checkpoint = locate("tiny")
+    spec, vae, config = checkpoint.spec, load_vae(checkpoint), checkpoint.transformer_config
+    encoder, tokenizer = load_text_encoder(checkpoint, mx.float32), Tokenizer(checkpoint.tokenizer, config.text_len)
+
+    def contexts(texts):
+        made = np.zeros((len(texts), config.text_len, config.text_dim), np.float32)
+        for row, text in zip(made, texts, strict=True):
+            ids, mask = tokenizer(text)
+            length = int(mask.sum())
+            row[:length] = np.array(encoder(mx.array(ids[:, :length]))[0])
+        return made
+
+    def clips(count, held_out):
+        rng = np.random.default_rng([args.seed, int(held_out)])
+        latents, texts = [], []
+        while len(texts) < count:
+            _, params, captions = sample_batch(rng, 16, held_out=held_out, objects=1)
+            video = render(mx.array(params), spec.num_frames, spec.height, spec.width)
+            latents.append(np.array(vae.normalise(vae.moments(video, FeatureCache())[0])))
+            texts += captions
+        return np.concatenate(latents)[:count], contexts(texts[:count])
+
+    folder = args.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    latents, texts = clips(args.clips, False)
+    val_latents, val_texts = clips(args.val_clips, True)
+    empty = contexts([""])[0]
+    arrays = {"latents": latents, "contexts": texts, "val_latents": val_latents, "val_contexts": val_texts}
+    np.savez(folder / "data.npz", empty=empty, **arrays)
+    mx.random.seed(args.seed)
+    model = WanTransformer(config)
+    model.init_weights()
+    weights = {name: np.array(array) for name, array in tree_flatten(model.parameters())}
+    weights["patch_embedding.weight"] = np.moveaxis(weights["patch_embedding.weight"], -1, 1)  # the official order
+    safetensors.numpy.save_file(
+        {n: np.ascontiguousarray(w) for n, w in weights.items()}, folder / "initial.safetensors"
+    )
+    settings = {"steps": args.steps, "batch": args.batch, "learning_rate": args.learning_rate, "seed": args.seed}
+    settings |= {"shift": spec.shift, "warmup": 50, "beta2": 0.99, "weight_decay": 0.01, "grad_clip": 1.0}
+    settings["transformer"] = asdict(config)
+    (folder / "settings.json").write_text(json.dumps(settings, indent=2))
+    print(f"{len(latents)} clips of {latents.shape[1:]}, {sum(w.size for w in weights.values()):,} weights")
+
+
+# --- MLX -------------------------------------------------------------------------------------------------------------
+
+
+def run_mlx(args):
+    import mlx_wan  # noqa: F401
+
+    import mlx.core as mx  # isort: skip
+    import safetensors.numpy
+
+    from mlx_wan.models.transformer import FLOAT32_PARAMETERS, TransformerConfig, WanTransformer
+    from mlx_wan.training.fields import build
+    from mlx_wan.training.objective import flow_loss
+    from mlx_wan.training.trainer import DTYPES, TrainConfig, Trainer
+
+    settings, data = read(args.folder)
+    model = WanTransformer(build(TransformerConfig, settings["transformer"], "settings.json"), DTYPES[args.dtype])
+    weights = safetensors.numpy.load_file(args.folder / "initial.safetensors")
+    weights["patch_embedding.weight"] = np.moveaxis(weights["patch_embedding.weight"], 1, -1)
+    model.load_weights([(name, mx.array(array)) for name, array in weights.items()], strict=True)
+
+    def losses(model, batch):
+        names = ("latents", "context", "noise", "sigmas", "keep_first")
+        return flow_loss(model, *(batch[name] for name in names))
+
+    def arrays(parts):
+        names = ("latents", "context", "noise", "sigmas", "keep_first")
+        return {name: mx.array(part) for name, part in zip(names, parts, strict=True)}
+
+    config = TrainConfig(
+        steps=settings["steps"],
+        batch_size=settings["batch"],
+        learning_rate=settings["learning_rate"],
+        warmup_steps=settings["warmup"],
+        schedule="constant",
+        weight_decay=settings["weight_decay"],
+        beta2=settings["beta2"],
+        grad_clip=settings["grad_clip"],
+        ema_decay=0.0,
+        compute_dtype=args.dtype,
+        report_every=1,
+        eval_every=VALIDATION_EVERY,
+        save_every=settings["steps"],
+        compile=mx.default_device() == mx.gpu,
+    )
+    folder = args.folder / f"mlx-{args.dtype}"
+    if folder.exists():
+        raise SystemExit(f"{folder} exists already; remove it first")
+    trainer = Trainer(model, lambda m, b, key: (losses(m, b).mean(), {}), config, folder, FLOAT32_PARAMETERS)
+    log, held_out = Log(args.folder / f"mlx-{args.dtype}.jsonl"), [arrays(part) for part in validation(settings, data)]
+
+    def evaluate(model):
+        return {"val_loss": float(np.mean(np.concatenate([np.array(losses(model, part)) for part in held_out])))}
+
+    log({"step": 0, **evaluate(model)})
+    trainer.fit(lambda index: arrays(sampled(settings, data, index)), evaluate, log)
+    state = trainer.model.parameters()
+    from mlx.utils import tree_flatten
+
+    final = {name: np.array(array) for name, array in tree_flatten(state)}
+    final["patch_embedding.weight"] = np.moveaxis(final["patch_embedding.weight"], -1, 1)
+    final = {name: np.ascontiguousarray(array) for name, array in final.items()}
+    safetensors.numpy.save_file(final, args.folder / f"mlx-{args.dtype}.safetensors")
+
+
+# --- PyTorch ---------------------------------------------------------------------------------------------------------
+
+
+def run_torch(args):
+    import re
+    import sys
+
+    import safetensors.torch
+    import torch
+    from diffusers import WanTransformer3DModel
+
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
+    from cross_check import TRANSFORMER_NAMES
+
+    settings, data = read(args.folder)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    c = settings["transformer"]
+    model = WanTransformer3DModel(
+        patch_size=tuple(c["patch_size"]),
+        num_attention_heads=c["num_heads"],
+        attention_head_dim=c["dim"] // c["num_heads"],
+        in_channels=c["in_dim"],
+        out_channels=c["out_dim"],
+        text_dim=c["text_dim"],
+        freq_dim=c["freq_dim"],
+        ffn_dim=c["ffn_dim"],
+        num_layers=c["num_layers"],
+        cross_attn_norm=c["cross_attn_norm"],
+        eps=c["eps"],
+    )
+
+    def renamed(name):
+        for pattern, replacement in TRANSFORMER_NAMES:
+            name = re.sub(pattern, replacement, name)
+        return name
+
+    official = safetensors.torch.load_file(args.folder / "initial.safetensors")
+    names = {name: renamed(name) for name in official}
+    model.load_state_dict({names[name]: array for name, array in official.items()})
+    model.to(device).train()
+    # Decay for every parameter, as here: torch's default too.
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=settings["learning_rate"],
+        betas=(0.9, settings["beta2"]),
+        eps=1e-8,
+        weight_decay=settings["weight_decay"],
+    )
+    peak, warmup = settings["learning_rate"], settings["warmup"]
+    half = args.dtype != "float32"
+    ph, pw = c["patch_size"][1:]
+
+    def losses(parts):
+        latents, contexts, noise, sigmas, keep_first = (torch.from_numpy(np.asarray(a)).to(device) for a in parts)
+        latents, noise = (a.permute(0, 4, 1, 2, 3) for a in (latents, noise))
+        frames, height, width = latents.shape[2:]
+        known = keep_first[:, None] & (torch.arange(frames, device=device) == 0)[None]
+        levels = torch.where(known, 0.0, sigmas[:, None])  # (B, t)
+        level = levels[:, None, :, None, None]
+        noised = (1 - level) * latents + level * noise
+        timesteps = (1000 * levels).repeat_interleave(height // ph * (width // pw), dim=1)  # a token each
+        with torch.autocast(device, getattr(torch, args.dtype), enabled=half):
+            velocity = model(noised, timesteps, contexts, return_dict=False)[0]
+        error = (velocity.float() - (noise - latents)).square().mean(dim=(1, 3, 4))
+        weight = (~known).float()
+        return (error * weight).sum(1) / weight.sum(1)
+
+    log, held_out = Log(args.folder / f"torch-{args.dtype}.jsonl"), validation(settings, data)
+
+    def evaluate():
+        with torch.no_grad():
+            return {"val_loss": torch.cat([losses(part) for part in held_out]).mean().item()}
+
+    log({"step": 0, **evaluate()})
+    for step in range(settings["steps"]):
+        start = time.perf_counter()
+        rate = peak / warmup + (peak - peak / warmup) * step / warmup if step < warmup else peak
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        loss = losses(sampled(settings, data, step)).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings["grad_clip"])
+        optimizer.step()
+        row = {"step": step + 1, "loss": loss.item(), "grad_norm": norm.item(), "learning_rate": rate}
+        row["clips_per_s"] = settings["batch"] / (time.perf_counter() - start)
+        row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else _resident()
+        log(row)
+        if (step + 1) % VALIDATION_EVERY == 0 or step + 1 == settings["steps"]:
+            log({"step": step + 1, **evaluate()})
+    state = model.state_dict()
+    final = {name: state[names[name]].cpu().contiguous() for name in official}
+    safetensors.torch.save_file(final, args.folder / f"torch-{args.dtype}.safetensors")
+
+
+def _resident():
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+# --- both ------------------------------------------------------------------------------------------------------------
+
+
+def smooth(values, width=50):
+    """A running mean over the last `width` values."""
+    sums = np.cumsum(np.insert(np.asarray(values, np.float64), 0, 0))
+    starts = np.maximum(np.arange(len(values)) - width + 1, 0)
+    ends = np.arange(len(values)) + 1
+    return (sums[ends] - sums[starts]) / (ends - starts)
+
+
+def compare(args):
+    sides = {}
+    for side in ("mlx", "torch"):
+        rows = [json.loads(line) for line in (args.folder / f"{side}-{args.dtype}.jsonl").read_text().splitlines()]
+        train = [row for row in rows if "loss" in row]
+        curves = {name: np.array([row[name] for row in train]) for name in ("loss", "grad_norm", "clips_per_s")}
+        curves["val"] = np.array([[row["step"], row["val_loss"]] for row in rows if "val_loss" in row])
+        sides[side] = curves | {"peak": max(row["peak_gib"] for row in train)}
+    one, other = sides["mlx"], sides["torch"]
+    raw = np.abs(one["loss"] / other["loss"] - 1)
+    mean = np.abs(smooth(one["loss"]) / smooth(other["loss"]) - 1)
+    val = np.abs(one["val"][:, 1] / other["val"][:, 1] - 1)
+    first = np.abs(one["loss"][:10] / other["loss"][:10] - 1).max()
+    print(f"{len(raw)} steps, {args.dtype}; relative difference of mlx and torch")
+    print(f"loss of a step:            first ten {first:.1e}, median {np.median(raw):.1e}, largest {raw.max():.1e}")
+    print(f"loss, mean of 50 steps:    largest {mean.max():.1e}, last {mean[-1]:.1e}")
+    print(f"validation loss:           largest {val.max():.1e}, last {val[-1]:.1e}")
+    for side, curves in sides.items():
+        speed = np.median(curves["clips_per_s"])
+        end = f"loss {smooth(curves['loss'])[-1]:.5f}, validation {curves['val'][-1, 1]:.5f}"
+        print(f"{side:6} {end}, {speed:.1f} clips/s (median step), peak {curves['peak']:.2f} GiB")
+    if args.plot:
+        plot(sides, args.plot)
+    if args.export:
+        export(args)
+
+
+def plot(sides, path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.5), dpi=100)
+    for (side, curves), style in zip(sides.items(), ("-", "--"), strict=True):
+        axes[0].plot(np.arange(len(curves["loss"])) + 1, smooth(curves["loss"]), style, label=side)
+        axes[1].plot(*curves["val"].T, style, label=side)
+    for axis, title in zip(axes, ("loss, mean of 50 steps", "validation loss"), strict=True):
+        axis.set(title=title, xlabel="step", yscale="log")
+        axis.legend()
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def export(args):
+    import mlx_wan  # noqa: F401
+
+    import mlx.core as mx  # isort: skip
+    import safetensors.numpy
+
+    from mlx_wan.training.finetune import export as write
+    from mlx_wan.weights.load import load_transformer, locate
+
+    checkpoint = locate("tiny")
+    for side in ("mlx", "torch"):
+        weights = safetensors.numpy.load_file(args.folder / f"{side}-{args.dtype}.safetensors")
+        weights["patch_embedding.weight"] = np.moveaxis(weights["patch_embedding.weight"], 1, -1)
+        model = load_transformer(checkpoint, mx.float32)
+        model.load_weights([(name, mx.array(array)) for name, array in weights.items()], strict=True)
+        write(model, checkpoint, mx.float32, args.folder / f"{side}-model")
+        print(f"saved {args.folder / f'{side}-model'}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, dest="command")
+    for name, function in (("prepare", prepare), ("mlx", run_mlx), ("torch", run_torch), ("compare", compare)):
+        command = commands.add_parser(name)
+        command.add_argument("folder", type=Path)
+        command.set_defaults(function=function)
+        if name == "prepare":
+            command.add_argument("--steps", type=int, default=300)
+            command.add_argument("--batch", type=int, default=8)
+            command.add_argument("--clips", type=int, default=256)
+            command.add_argument("--val-clips", type=int, default=32)
+            command.add_argument("--learning-rate", type=float, default=1e-3)
+            command.add_argument("--seed", type=int, default=0)
+        else:
+            command.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+        if name == "compare":
+            command.add_argument("--plot", type=Path)
+            command.add_argument("--export", action="store_true")
+    args = parser.parse_args()
+    args.function(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""What a model, or a model with a LoRA, is worth on given clips: losses by timestep band, and its VAE's accuracy."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_wan.errors import UserError
+from mlx_wan.lora.fuse import Adapters
+from mlx_wan.lora.load import read_lora, transformer_shapes
+from mlx_wan.training.cache import Cache, Cached, load_context, load_latents
+from mlx_wan.training.dataset import Skipped, find_sources, plan_clips, read_clip
+from mlx_wan.training.objective import psnr
+from mlx_wan.training.options import FinetuneRecipe
+from mlx_wan.training.plan import resolve, sampling
+from mlx_wan.training.trainer import DTYPES
+from mlx_wan.training.validate import band_losses
+from mlx_wan.weights.load import Checkpoint, load_transformer, load_vae, locate
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """split: "valid", or "train" where the data has no other. clips: how many. numbers: by name. skipped: not used."""
+
+    split: str
+    clips: int
+    numbers: dict[str, float]
+    skipped: list[Skipped]
+
+
+def evaluate(
+    recipe: FinetuneRecipe,
+    adapters: list[Path],
+    limit: int | None,
+    progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+) -> Evaluation:
+    """The losses of `validate.band_losses`, and mean PSNR (dB) and SSIM of clips that went through the VAE.
+
+    The same clips, noise and levels for every model, so that two can be compared where they share a VAE.
+
+    Args:
+        recipe: model, data and how clips are cut from it.
+        adapters: LoRA files, at strength 1.
+        limit: of the number of clips.
+
+    Raises:
+        UserError, CheckpointError: the model, an adapter or the data cannot be used.
+    """
+    checkpoint = locate(str(recipe.model))
+    recipe = resolve(recipe, checkpoint)
+    dtype = DTYPES[str(recipe.dtype)]
+    loras = Adapters()
+    for path in adapters:
+        loras.add(read_lora(path, transformer_shapes(checkpoint.transformer_config)), None, 1.0)
+    split, skipped = "valid", []
+    sources, missing = find_sources(Path(str(recipe.data)), split)
+    if not sources:
+        split = "train"
+        sources, missing = find_sources(Path(str(recipe.data)), split)
+    clips, unusable = plan_clips(sources, sampling(recipe, checkpoint))
+    skipped = [*missing, *unusable]
+    if not clips:
+        raise UserError(f"{recipe.data}: no clip to evaluate on{f': {skipped[0]}' if skipped else ''}")
+    clips = clips[:limit]
+    texts = [clip.source.caption for clip in clips]
+    cached = Cache(Path(str(recipe.cache)), checkpoint, dtype, progress).fill(clips, texts)
+    if not cached.latents:
+        raise UserError(f"{recipe.data}: no clip could be encoded: {cached.skipped[0]}")
+    numbers = reconstruction(checkpoint, cached)
+    transformer = load_transformer(checkpoint, dtype)
+    loras.install(transformer)
+
+    def example(i: int) -> tuple[mx.array, mx.array]:
+        clip, file = cached.latents[i]
+        context = load_context(cached.texts[clip.source.caption], checkpoint.transformer_config.text_len)
+        return load_latents(file), context
+
+    numbers = {**band_losses(transformer, len(cached.latents), example), **numbers}
+    return Evaluation(split, len(cached.latents), numbers, [*skipped, *cached.skipped])
+
+
+def reconstruction(checkpoint: Checkpoint, cached: Cached) -> dict[str, float]:
+    """{"vae_psnr", "vae_ssim"}: means over clips of what decoding their latents gives, against their pixels."""
+    vae, scores = load_vae(checkpoint), []
+    for clip, file in cached.latents:
+        pixels = read_clip(clip)[0]
+        decoded = np.array(vae.decode(load_latents(file).astype(mx.float32)[None]))[0]
+        mse = float(np.mean((pixels - decoded).astype(np.float64) ** 2))
+        scores.append((psnr(mse), ssim(pixels, decoded)))
+    mx.clear_cache()
+    means = np.mean(scores, axis=0).tolist()
+    return {"vae_psnr": means[0], "vae_ssim": means[1]}
+
+
+def ssim(one: np.ndarray, other: np.ndarray) -> float:
+    """Structural similarity (Wang et al., 2004) of two clips (T, H, W, 3) in [-1, 1]: mean over frames and channels.
+
+    Gaussian windows of 11 pixels with a deviation of 1.5, those that fit into the frame; smaller frames have smaller
+    windows.
+    """
+    size = min(11, one.shape[1], one.shape[2])
+    taps = np.exp(-((np.arange(size) - (size - 1) / 2) ** 2) / (2 * 1.5**2))
+    taps /= taps.sum()
+
+    def blur(x: np.ndarray) -> np.ndarray:
+        for axis in (1, 2):
+            x = np.lib.stride_tricks.sliding_window_view(x, size, axis) @ taps
+        return x
+
+    x, y = one.astype(np.float64), other.astype(np.float64)
+    mean_x, mean_y = blur(x), blur(y)
+    var_x, var_y = blur(x * x) - mean_x**2, blur(y * y) - mean_y**2
+    cov = blur(x * y) - mean_x * mean_y
+    c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2  # of the range of values, which is 2
+    return float(
+        np.mean((2 * mean_x * mean_y + c1) * (2 * cov + c2) / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2)))
+    )

@@ -1,0 +1,246 @@
+"""Stage three: a model that exists, taught with clips of one's own; LoRA, DoRA, QLoRA or all of its weights.
+
+Clips and captions are encoded once (cache.py), the encoders leave, and the transformer trains in the same Trainer as
+the embedded model did.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_wan.errors import UserError
+from mlx_wan.models.transformer import FLOAT32_PARAMETERS, WanTransformer
+from mlx_wan.training.adapt import ADAPTERS, load_adapters, make_trainable, save_adapters
+from mlx_wan.training.buckets import batch_at
+from mlx_wan.training.cache import Cache, Cached, component_print, load_context, load_latents
+from mlx_wan.training.checkpoint import flat, newest_state, step_of
+from mlx_wan.training.objective import WEIGHTINGS, flow_loss, sample_sigmas
+from mlx_wan.training.plan import Plan, known
+from mlx_wan.training.recipe import check_same_run, remember_run
+from mlx_wan.training.trainer import Batch, Numbers, Trainer
+from mlx_wan.training.validate import band_losses
+from mlx_wan.weights.fit import component_tensors
+from mlx_wan.weights.load import Checkpoint, load_transformer
+from mlx_wan.weights.save import module_tensors, native_config, write_native
+
+Preview = Callable[[WanTransformer, int, dict[str, mx.array]], None]
+
+
+class Examples:
+    """Batches of cached clips: batch number -> arrays, by the recipe's seed alone.
+
+    Args:
+        cached: what the cache holds for training.
+    """
+
+    def __init__(self, plan: Plan, cached: Cached):
+        self.plan, self.recipe, self.cached = plan, plan.recipe, cached
+        self.buckets = tuple(clip.bucket for clip, _ in cached.latents)
+        self.length = plan.checkpoint.transformer_config.text_len
+
+    def _clips(self, index: int) -> list[int]:
+        return batch_at(self.buckets, self.recipe.batch_size, self.recipe.seed, index)
+
+    def names(self, index: int) -> list[str]:
+        """What the clips of a batch are called."""
+        return [self.cached.latents[i][0].name for i in self._clips(index)]
+
+    def batch(self, index: int) -> Batch:
+        """latents (B, t, h, w, C), context (B, text_len, text_dim), keep_first (B,)."""
+        recipe, clips = self.recipe, [self.cached.latents[i] for i in self._clips(index)]
+        rng = np.random.default_rng([recipe.seed, 1, index])
+        dropped = rng.random(len(clips)) < recipe.caption_dropout
+        given = rng.random(len(clips)) < recipe.image_to_video
+        texts = ["" if drop else clip.source.caption for (clip, _), drop in zip(clips, dropped, strict=True)]
+        latents = mx.stack([load_latents(file) for _, file in clips])
+        return {
+            "latents": latents,
+            "context": mx.stack([self.context(text) for text in texts]),
+            "keep_first": mx.array((given & (latents.shape[1] > 1)).tolist()),
+        }
+
+    def context(self, text: str) -> mx.array:
+        """(text_len, text_dim) of a cached text."""
+        return load_context(self.cached.texts[text], self.length)
+
+
+def fill_cache(plan: Plan, report: Callable[[int, int, str], None]) -> tuple[Cached, Cached]:
+    """(for training, for validation), computed where missing; UserError if no clip is left to train on."""
+    recipe = plan.recipe
+    cache = Cache(Path(str(recipe.cache)), plan.checkpoint, plan.dtype, report)
+    texts = {clip.source.caption for clip in [*plan.clips, *plan.held_out]}
+    texts |= {"", *recipe.preview_prompts, plan.checkpoint.spec.negative_prompt}
+    both = cache.fill([*plan.clips, *plan.held_out], texts)
+    training = set(plan.clips)
+    parts = []
+    for wanted in (True, False):
+        latents = [(clip, file) for clip, file in both.latents if (clip in training) == wanted]
+        parts.append(Cached(latents, both.texts, both.skipped, both.computed))
+    if not parts[0].latents:
+        raise UserError(f"{recipe.data}: no clip could be encoded: {both.skipped[0]}")
+    return parts[0], parts[1]
+
+
+def load_trainable(plan: Plan) -> WanTransformer:
+    """The transformer with what is trained in float32 and all else in the dtype of computing."""
+    recipe, full = plan.recipe, plan.recipe.fine_tune_type == "full"
+    transformer = load_transformer(plan.checkpoint, plan.dtype, weights=mx.float32 if full else None)
+    mx.random.seed(recipe.seed)
+    make_trainable(transformer, recipe)
+    if full:  # blocks that are not trained need no more digits than they are used with
+        trained = flat(transformer.trainable_parameters()).keys()
+        frozen = [
+            (name, array.astype(plan.dtype))
+            for name, array in flat(transformer.parameters()).items()
+            if name not in trained and not any(part in name for part in FLOAT32_PARAMETERS)
+        ]
+        transformer.load_weights(frozen, strict=False)
+    if recipe.resume_adapter_file:
+        load_adapters(Path(recipe.resume_adapter_file), transformer)
+    transformer.save_memory(recipe.grad_checkpoint)
+    return transformer
+
+
+def make_trainer(plan: Plan, examples: Examples) -> Trainer:
+    """The trainer of a plan, at step 0."""
+    recipe = plan.recipe
+    weight = WEIGHTINGS[recipe.weighting]
+
+    def loss(model: Any, batch: Batch, key: mx.array) -> tuple[mx.array, Numbers]:
+        latents = batch["latents"].astype(mx.float32)
+        noise_key, sigma_key = mx.random.split(key)
+        noise = mx.random.normal(latents.shape, key=noise_key)
+        sigmas = sample_sigmas(
+            sigma_key, latents.shape[0], known(recipe.shift), recipe.sigma_sampling, recipe.logit_mean, recipe.logit_std
+        )  # type: ignore[arg-type]
+        each = flow_loss(model, latents, batch["context"], noise, sigmas, batch["keep_first"]) * weight(sigmas)
+        return each.mean(), {"each": each}
+
+    folder = Path(recipe.adapter_path)
+    return Trainer(load_trainable(plan), loss, plan.train, folder, FLOAT32_PARAMETERS, examples.names)
+
+
+def run(
+    plan: Plan,
+    resume: bool,
+    report: Callable[[dict[str, float]], None],
+    progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+    preview: Preview | None = None,
+) -> tuple[Path, list]:
+    """The whole stage; returns what it made and the clips that turned out to be broken.
+
+    Args:
+        resume: go on from the newest state in the recipe's adapter_path. A finished run is left as it is.
+        report: gets the rows of the log.
+        progress: how far the encoding is.
+        preview: called with the model, the step and the embeddings (1, text_len, text_dim) of the recipe's
+            preview_prompts and of the model's negative prompt.
+
+    Raises:
+        UserError: the folder holds another run, or nothing can be trained on.
+    """
+    recipe, folder = plan.recipe, Path(plan.recipe.adapter_path)
+    result = folder / ("model" if recipe.fine_tune_type == "full" else ADAPTERS)
+    training, validation = fill_cache(plan, progress)
+    facts = describe(plan, training)
+    if resume:
+        check_same_run(folder, facts)
+        newest = newest_state(folder)
+        if newest is not None and step_of(newest) >= recipe.iters and result.exists():
+            return result, training.skipped
+    examples = Examples(plan, training)
+    trainer = make_trainer(plan, examples)
+    if trainer.is_first:
+        folder.mkdir(parents=True, exist_ok=True)
+        remember_run(folder, facts)
+    if resume:
+        trainer.resume()
+    trainer.fit(
+        examples.batch,
+        evaluation(plan, validation),
+        report,
+        saving=lambda step: keep_adapters(trainer, plan, step),
+        visit=previewing(trainer, examples, preview),
+    )
+    if trainer.is_first and recipe.fine_tune_type == "full":
+        trainer.with_averaged_weights(lambda model: export(model, plan.checkpoint, plan.dtype, result))
+    elif trainer.is_first:
+        keep_adapters(trainer, plan, trainer.step)
+    return result, training.skipped
+
+
+def evaluation(plan: Plan, cached: Cached) -> Callable[[nn.Module], dict[str, float]] | None:
+    """The validation of a plan; None without clips for it."""
+    examples = Examples(plan, cached)
+    count = len(cached.latents)
+    if plan.recipe.val_batches != -1:
+        count = min(count, plan.recipe.val_batches * plan.recipe.batch_size)
+    if count == 0:
+        return None
+
+    def example(i: int) -> tuple[mx.array, mx.array]:
+        clip, file = cached.latents[i]
+        return load_latents(file), examples.context(clip.source.caption)
+
+    return lambda model: band_losses(model, count, example)  # type: ignore[arg-type]
+
+
+def keep_adapters(trainer: Trainer, plan: Plan, step: int) -> None:
+    """Writes the adapters of a step; what full fine-tuning makes is written once, at the end."""
+    if plan.recipe.fine_tune_type != "full":
+        folder = Path(plan.recipe.adapter_path)
+        trainer.with_averaged_weights(lambda model: save_adapters(folder, model, plan.recipe, step))
+
+
+def previewing(trainer: Trainer, examples: Examples, preview: Preview | None) -> Callable[[int], bool]:
+    """What to do after a step: nothing, or previews."""
+    recipe, spec = examples.recipe, examples.plan.checkpoint.spec
+    if preview is None or not recipe.preview_prompts:
+        return lambda step: False
+
+    def visit(step: int) -> bool:
+        if step % recipe.preview_every and step != recipe.iters:
+            return False
+        texts = {text: examples.context(text)[None] for text in (*recipe.preview_prompts, spec.negative_prompt)}
+        trainer.with_averaged_weights(lambda model: preview(model, step, texts))
+        return True
+
+    return visit
+
+
+def describe(plan: Plan, cached: Cached) -> dict[str, Any]:
+    """All that decides a run's weights, as JSON has it."""
+    files = [file.name for _, file in cached.latents]
+    captions = [cached.texts[clip.source.caption].name for clip, _ in cached.latents]
+    facts = {
+        "stage": "finetune",
+        "finetune": asdict(plan.recipe),
+        "transformer": component_print(plan.checkpoint, "transformer", asdict(plan.checkpoint.transformer_config)),
+        "clips": hashlib.sha256(json.dumps([files, captions]).encode()).hexdigest(),
+        "processes": mx.distributed.init().size(),
+    }
+    return json.loads(json.dumps(facts))
+
+
+def export(transformer: WanTransformer, checkpoint: Checkpoint, dtype: mx.Dtype, folder: Path) -> None:
+    """A whole model in the native layout: the trained transformer, and the other parts as they are in `checkpoint`."""
+    config = native_config(
+        checkpoint.spec.name,
+        transformer=checkpoint.transformer_config,
+        text_encoder=checkpoint.text_encoder_config,
+        vae=checkpoint.vae_config,
+        sampling=checkpoint.spec.sampling(),
+    )
+    parts = {
+        "transformer": module_tensors(transformer, dtype),
+        "text_encoder": component_tensors(checkpoint, "text_encoder", None),
+        "vae": component_tensors(checkpoint, "vae", None),
+    }
+    write_native(folder, parts, checkpoint.tokenizer, config)

@@ -1,0 +1,209 @@
+"""The configuration files of a Diffusers repository, to our words for dimensions and back.
+
+A repository is a folder for each part with a config.json of its own, and model_index.json above them. Each table
+below holds what that config calls our fields; what it says beyond them must be what the models that run have.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from mlx_wan.errors import CheckpointError
+from mlx_wan.models.transformer import TransformerConfig
+from mlx_wan.models.umt5 import MAX_DISTANCE, TextEncoderConfig
+from mlx_wan.models.vae22 import VAEConfig
+from mlx_wan.zoo import ModelSpec
+
+INDEX = "model_index.json"
+PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
+# The class of each part, our field for each of its keys, and the only values of its other keys.
+TRANSFORMER = (
+    "WanTransformer3DModel",
+    {
+        "num_attention_heads": "num_heads",
+        "in_channels": "in_dim",
+        "out_channels": "out_dim",
+        "ffn_dim": "ffn_dim",
+        "freq_dim": "freq_dim",
+        "text_dim": "text_dim",
+        "num_layers": "num_layers",
+        "patch_size": "patch_size",
+        "cross_attn_norm": "cross_attn_norm",
+        "eps": "eps",
+    },
+    {"rope_max_seq_len": 1024, "image_dim": None, "added_kv_proj_dim": None, "pos_embed_seq_len": None},
+)
+VAE = (
+    "AutoencoderKLWan",
+    {
+        "base_dim": "dim",
+        "decoder_base_dim": "dec_dim",
+        "z_dim": "z_dim",
+        "dim_mult": "dim_mult",
+        "num_res_blocks": "num_res_blocks",
+        "temperal_downsample": "temporal_downsample",
+        "patch_size": "patch_size",
+        "latents_mean": "latents_mean",
+        "latents_std": "latents_std",
+    },
+    {"is_residual": True, "attn_scales": [], "dropout": 0.0, "clip_output": True},
+)
+# The Wan2.1 kind: what has no field must be as if it were not said.
+_21 = ("decoder_base_dim", "patch_size")
+VAE21 = (
+    "AutoencoderKLWan",
+    {key: field for key, field in VAE[1].items() if key not in _21},
+    {**VAE[2], "is_residual": False, **dict.fromkeys(_21)},
+)
+TEXT_ENCODER = (
+    "UMT5EncoderModel",
+    {
+        "vocab_size": "vocab_size",
+        "d_model": "dim",
+        "d_ff": "dim_ffn",
+        "num_heads": "num_heads",
+        "num_layers": "num_layers",
+        "relative_attention_num_buckets": "num_buckets",
+    },
+    {
+        "model_type": "umt5",
+        "relative_attention_max_distance": MAX_DISTANCE,
+        "layer_norm_epsilon": 1e-6,
+        "feed_forward_proj": "gated-gelu",
+    },
+)
+QK_NORM = {"rms_norm_across_heads": True, None: False}
+
+
+def read_configs(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The transformer's fields as an official config.json has them, and {"vae": fields, "text_encoder": fields}, of
+    two experts "boundary" too.
+
+    Raises:
+        CheckpointError: a file is missing or no JSON, or describes another model than this package runs.
+    """
+    index = _json(folder / INDEX)
+    if index.get("_class_name") not in PIPELINES:
+        raise CheckpointError(f"{folder}: is a {index.get('_class_name')}, not one of {', '.join(PIPELINES)}")
+    extra: dict[str, Any] = {}
+    if (boundary := index.get("boundary_ratio")) is not None:
+        if type(boundary) is not float or not 0 < boundary < 1:
+            raise CheckpointError(f"{folder / INDEX}: boundary_ratio cannot be {boundary!r}")
+        extra["boundary"] = boundary
+        _check_experts(folder)
+    elif (folder / "transformer_2").is_dir():
+        raise CheckpointError(f"{folder}: transformer_2 is there, but {INDEX} names no boundary_ratio")
+    vae_table = VAE if _json(folder / "vae" / "config.json").get("is_residual") else VAE21
+    found = {
+        name: _translated(folder / name / "config.json", table)
+        for name, table in (("transformer", TRANSFORMER), ("vae", vae_table), ("text_encoder", TEXT_ENCODER))
+    }
+    transformer, said = found["transformer"]
+    if said.get("qk_norm") not in QK_NORM:
+        raise CheckpointError(f"{folder / 'transformer' / 'config.json'}: qk_norm cannot be {said['qk_norm']!r}")
+    transformer |= {"qk_norm": QK_NORM[said.get("qk_norm")], "_class_name": "WanModel"}
+    if "num_heads" in transformer and "attention_head_dim" in said:
+        transformer["dim"] = _product(folder, transformer["num_heads"], said["attention_head_dim"])
+    text_encoder, said = found["text_encoder"]
+    if "num_heads" in text_encoder and "d_kv" in said:
+        text_encoder["dim_attn"] = _product(folder, text_encoder["num_heads"], said["d_kv"])
+    return transformer, {"vae": found["vae"][0], "text_encoder": text_encoder, **extra}
+
+
+def _check_experts(folder: Path) -> None:
+    """Both transformers' configs must say the same."""
+    high, low = (_json(folder / name / "config.json") for name in ("transformer", "transformer_2"))
+    if {**high, "_name_or_path": ""} != {**low, "_name_or_path": ""}:
+        raise CheckpointError(f"{folder / 'transformer_2' / 'config.json'}: differs from transformer/config.json")
+
+
+def _product(folder: Path, heads: Any, width: Any) -> int:
+    if type(heads) is not int or type(width) is not int:
+        raise CheckpointError(f"{folder}: heads and their width must be whole numbers, not {heads!r} and {width!r}")
+    return heads * width
+
+
+def _translated(path: Path, table: tuple[str, Mapping[str, str], Mapping[str, Any]]) -> tuple[dict, dict]:
+    """Our fields, and all that the config says."""
+    name, fields, fixed = table
+    said = _json(path)
+    if said.get("_class_name", *said.get("architectures", [name])[:1]) != name:
+        raise CheckpointError(f"{path}: is of another model than {name}; use a Wan repository")
+    for key, value in fixed.items():
+        if said.get(key, value) != value:
+            raise CheckpointError(f"{path}: {key} is {said[key]!r}, in the models that run it is {value!r}")
+    return {ours: said[key] for key, ours in fields.items() if said.get(key) is not None}, said
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: missing from this Diffusers repository; get the rest and try again") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: is not a JSON object")
+    return content
+
+
+def write_configs(
+    transformer: TransformerConfig, text_encoder: TextEncoderConfig, vae: VAEConfig, spec: ModelSpec
+) -> dict[str, dict[str, Any]]:
+    """File name -> content of every configuration in a Diffusers repository."""
+    t, e, v = (
+        _untranslated(transformer, TRANSFORMER),
+        _untranslated(text_encoder, TEXT_ENCODER),
+        _untranslated(vae, VAE),
+    )
+    t |= {
+        "attention_head_dim": transformer.dim // transformer.num_heads,
+        "qk_norm": next(word for word, used in QK_NORM.items() if used == transformer.qk_norm),
+    }
+    e |= {
+        "architectures": [e.pop("_class_name")],
+        "d_kv": text_encoder.dim_attn // text_encoder.num_heads,
+        "is_gated_act": True,
+        "dense_act_fn": "gelu_new",
+    }
+    v.pop("clip_output")
+    channels, (stride_t, stride_s, _) = 3 * vae.patch_size**2, vae.stride
+    v |= {
+        "in_channels": channels,
+        "out_channels": channels,
+        "scale_factor_temporal": stride_t,
+        "scale_factor_spatial": stride_s,
+    }
+    scheduler = {
+        "_class_name": "UniPCMultistepScheduler",
+        "num_train_timesteps": 1000,
+        "prediction_type": "flow_prediction",
+        "use_flow_sigmas": True,
+        "flow_shift": spec.shift,
+    }
+    index = {
+        "_class_name": PIPELINES[0],
+        "boundary_ratio": None,
+        "expand_timesteps": True,
+        "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+        "text_encoder": ["transformers", TEXT_ENCODER[0]],
+        "tokenizer": ["transformers", "T5TokenizerFast"],
+        "transformer": ["diffusers", TRANSFORMER[0]],
+        "transformer_2": [None, None],
+        "vae": ["diffusers", VAE[0]],
+    }
+    return {
+        "transformer/config.json": t,
+        "text_encoder/config.json": e,
+        "vae/config.json": v,
+        "scheduler/scheduler_config.json": scheduler,
+        INDEX: index,
+    }
+
+
+def _untranslated(config: Any, table: tuple[str, Mapping[str, str], Mapping[str, Any]]) -> dict[str, Any]:
+    name, fields, fixed = table
+    ours = asdict(config)
+    return {"_class_name": name, **{key: ours[field] for key, field in fields.items()}, **fixed}
