@@ -1,4 +1,4 @@
-"""Memory: that the VAE's does not grow with the clip, and which parts of a pipeline are loaded when.
+"""Memory: that the VAE's does not grow with the clip, which parts of a pipeline are loaded when, and what was planned.
 
     uv run python benchmarks/memory.py              # about two minutes on one CPU core
     uv run python benchmarks/memory.py --size 256   # frames of 256x256
@@ -19,13 +19,18 @@ import mlx_wan  # first: it chooses the BLAS before mlx.core is loaded
 import mlx.core as mx  # isort: skip
 from mlx.utils import tree_flatten
 
+from mlx_wan import backend
+from mlx_wan.memory.plan import Dimensions, Setting, plans
 from mlx_wan.models.transformer import TransformerConfig, WanTransformer
 from mlx_wan.models.umt5 import TextEncoderConfig, UMT5Encoder
 from mlx_wan.models.vae22 import VAEConfig, WanVAE22
+from mlx_wan.text import Tokenizer, clean_prompt
+from mlx_wan.weights.locate import locate
 from mlx_wan.weights.save import save_native
 
 FRAMES = (5, 21, 81)
 Z_DIM = 16
+PROMPT = "a red circle"
 TOKENIZER = Path(__file__).resolve().parent.parent / "tests" / "golden" / "tokenizer.json"
 MIB = 2**20
 
@@ -46,9 +51,11 @@ def main(argv: list[str] | None = None) -> int:
         print("\nweights, MiB: " + ", ".join(f"{name} {size / MIB:.0f}" for name, size in sizes.items()))
         for low_memory in (True, False):
             print(f"\nlow_memory={low_memory}: held at the end of each stage, and the most within it, MiB\n")
-            print("| stage | held | peak |\n| --- | ---: | ---: |")
+            planned = planned_peaks(Path(folder), low_memory)
+            print("| stage | held | peak | planned peak |\n| --- | ---: | ---: | ---: |")
             for stage, held, peak in pipeline_memory(Path(folder), low_memory):
-                print(f"| {stage} | {held / MIB:.0f} | {peak / MIB:.0f} |")
+                plan = f"{planned[stage] / MIB:.0f}" if stage in planned else ""
+                print(f"| {stage} | {held / MIB:.0f} | {peak / MIB:.0f} | {plan} |")
     return 0
 
 
@@ -101,13 +108,24 @@ def write_model(folder: Path) -> dict[str, int]:
     return {name: sum(array.nbytes for _, array in named) for name, named in arrays.items()}
 
 
+def planned_peaks(folder: Path, low_memory: bool) -> dict[str, int]:
+    """Stage -> the most bytes within it, as `memory.plan` has it for this device, of the run of `pipeline_memory`."""
+    checkpoint = locate(folder)
+    spec, device = checkpoint.spec, backend.device_name()
+    tokens = Tokenizer(TOKENIZER, checkpoint.transformer_config.text_len)
+    longest = max(int(tokens(clean_prompt(text))[1].sum()) for text in (PROMPT, spec.negative_prompt))
+    setting = Setting(spec.width, spec.height, spec.num_frames, mx.float32, tokens=longest)
+    plan = plans(Dimensions.of_checkpoint(checkpoint), setting, device)[low_memory]
+    return {{"decode": "frames"}.get(stage.name, stage.name): stage.peak for stage in plan.stages}
+
+
 def pipeline_memory(folder: Path, low_memory: bool) -> Iterator[tuple[str, int, int]]:
     """(stage, bytes held at its end, most bytes within it) of one run, beyond what was held before."""
     mx.clear_cache()
     before = mx.get_active_memory()
     pipe = mlx_wan.WanPipeline.from_pretrained(folder, dtype=mx.float32, low_memory=low_memory)
     mx.reset_peak_memory()
-    for event in pipe.stream("a red circle", seed=0):
+    for event in pipe.stream(PROMPT, seed=0):
         if event.index == event.total:
             held = mx.get_active_memory()
             yield event.stage, held - before, max(held, mx.get_peak_memory()) - before

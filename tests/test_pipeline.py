@@ -140,7 +140,7 @@ def test_other_types_are_refused(folder, dtype):
 def test_a_video_that_is_not_a_number_is_a_failure(folder):
     broken = mlx_wan.WanPipeline.from_pretrained(folder)
     broken.vae.decoder.head[2].bias[0] = float("nan")
-    with pytest.raises(WanError, match="piece 1 of the decoded video is NaN"):
+    with pytest.raises(WanError, match="piece 1 of the decoded video is not finite"):
         broken("a cat", **SMALL, seed=0)
 
 
@@ -303,3 +303,17 @@ def test_last_frames_where_they_belong(with_tokens, tmp_path):
     pipe = mlx_wan.WanPipeline.from_pretrained(checkpoint.write_official(tmp_path / "flf2v", "small-flf2v-14B"))
     with pytest.raises(UserError, match="custom makes a video between two pictures: give the last frame too"):
         pipe("a cat", picture)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [(0.0, "is one flat colour"), (float("inf"), "is not finite"), (float("nan"), "is not finite"), (1.0, None)],
+)
+def test_a_decoder_that_fails_stops_the_run(pipe, monkeypatch, value, message):
+    plain = type(pipe.vae).pixels
+    monkeypatch.setattr(type(pipe.vae), "pixels", lambda self, z, cache: plain(self, z, cache) * 0 + value)
+    if message is None:
+        assert (pipe("a cat", **SMALL, seed=1).frames == 255).all()
+        return
+    with pytest.raises(WanError, match=f"piece 1 of the decoded video {message}"):
+        pipe("a cat", **SMALL, seed=1)

@@ -118,3 +118,20 @@ def test_a_run_stops_at_the_step_that_is_not_finite():
     with pytest.raises(WanError, match="not finite after step 2 of 5"):
         run(model, make_scheduler("euler", 5, 3.0))
     assert len(model.calls) == 2
+
+
+@pytest.mark.parametrize(("value", "message"), [(0.0, "are all the same"), (float("nan"), "are not finite")])
+def test_a_run_that_has_gone_wrong_stops_at_the_step_where_it_does(value, message):
+    class Broken(Model):
+        def __call__(self, latents, timesteps, context):
+            answer = super().__call__(latents, timesteps, context)
+            if len(self.calls) < 2:
+                return answer
+            # what makes the next latents `value` everywhere
+            sigma, after = scheduler.sigmas[1:3]
+            return (latents - value) / (sigma - after)
+
+    scheduler, model = make_scheduler("euler", 4, 3.0), Broken()
+    with pytest.raises(WanError, match=f"latents {message} after step 2 of 4: the run was stopped"):
+        run(model, scheduler)
+    assert len(model.calls) == 2

@@ -259,6 +259,19 @@ def total_memory() -> int:
     return min(_physical_memory(), _container_limit())
 
 
+# Share of the memory that a run may use; the rest is the system's. Metal says itself where it can.
+_USABLE = {"CPU": 0.9, "CUDA": 0.95, "Metal": 0.75}
+
+
+def usable_memory() -> int:
+    """Bytes that a run may hold on this machine: what Metal recommends, else a share of `total_memory`."""
+    import mlx.core as mx
+
+    name, total = device_name(), total_memory()
+    recommended = mx.device_info().get("max_recommended_working_set_size") if name == "Metal" else None
+    return min(total, int(recommended)) if recommended else int(_USABLE[name] * total)
+
+
 def _physical_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 

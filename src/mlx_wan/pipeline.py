@@ -23,6 +23,7 @@ from mlx_wan.sampling import Condition, Expert, denoise, initial_noise
 from mlx_wan.schedulers import Scheduler, make_scheduler
 from mlx_wan.schedulers.flow import TRAIN_TIMESTEPS
 from mlx_wan.text import Tokenizer, clean_prompt
+from mlx_wan.text_cache import TextCache
 from mlx_wan.weights.load import (
     Checkpoint,
     load_image_encoder,
@@ -84,14 +85,15 @@ class WanPipeline:
     """Text, or text and a first frame, to video.
 
     Components are loaded when first needed. With `low_memory` the text encoder leaves memory once the prompt is
-    encoded, and the transformer once the latents are done. Of two experts one is in memory at a time, unless
-    `keep_both_experts`.
+    encoded, VAE and image encoder once a picture is, and the transformer once the latents are done. Of two experts one
+    is in memory at a time, unless `keep_both_experts`.
 
     Attributes:
         checkpoint: where the components come from, its headers checked.
         spec: the model's name, sizes and sampling defaults.
         dtype: of matrices and of what they are multiplied with; the VAE is always float32.
         scheduler: of the last call; before it, the default one.
+        text_cache: a folder for embeddings of prompts, so that one that comes again needs no text encoder; None: none.
     """
 
     def __init__(
@@ -112,6 +114,7 @@ class WanPipeline:
         self._text_encoder: UMT5Encoder | None = None
         self._image_encoder: ImageEncoder | None = None
         self._vae: WanVAE | None = None
+        self.text_cache: Path | None = None
 
     @classmethod
     def from_pretrained(
@@ -209,8 +212,14 @@ class WanPipeline:
         ids, mask = self.tokenizer(clean_prompt(text))
         length = int(mask.sum())
         # Padding is masked out of attention, so the tokens alone give the same vectors.
-        embedding = self.text_encoder(mx.array(ids[:, :length]))[0]
+        ids = ids[:, :length]
+        cache = None if self.text_cache is None else TextCache(self.text_cache, self.checkpoint, self.dtype)
+        if cache is not None and (known := cache.get(ids)) is not None:
+            return known
+        embedding = self.text_encoder(mx.array(ids))[0]
         mx.eval(embedding)
+        if cache is not None:
+            cache.put(ids, embedding)
         return embedding
 
     def __call__(
@@ -393,8 +402,7 @@ class WanPipeline:
         yield Event("latents", 1, 1, latents)
         if decode and self.parallel.is_first:
             for index, piece in enumerate(self.vae.stream_decode(latents), start=1):
-                if mx.isnan(piece).any().item():
-                    raise WanError(f"piece {index} of the decoded video is NaN: check the checkpoint's VAE")
+                _check_piece(piece, latents[:, index - 1], index)
                 yield Event("frames", index, latents.shape[1], to_uint8(piece[0]))
 
     def _expert_at(self, timestep: float, guidance_scale: tuple[float, float]) -> Expert:
@@ -423,8 +431,12 @@ class WanPipeline:
         if self.spec.task == "ti2v":
             frame = image_to_frame(request.pictures[0], request.width, request.height)
             condition = Condition(first_frame=self.vae.encode(mx.array(frame)))
+            mx.eval(condition.first_frame)
         else:
             condition = self._known_frames(request)
+        if self.low_memory:
+            self._vae = self._image_encoder = None
+            mx.clear_cache()
         yield Event("image", 1, 1)
         return condition
 
@@ -445,9 +457,6 @@ class WanPipeline:
             image = self.image_encoder(mx.array(squares))
             image = image.reshape(1, -1, image.shape[-1])
         mx.eval(channels, image)
-        if self.low_memory:
-            self._image_encoder = None
-            mx.clear_cache()
         return Condition(channels=channels, image=image)
 
     def _padded(self, embedding: mx.array) -> mx.array:
@@ -568,6 +577,18 @@ def _noise(latents: mx.array | None, seed: int | None, shape: tuple[int, ...]) -
     if not mx.isfinite(latents).all().item():
         raise UserError("latents hold NaN or infinite values; they must be noise of mean 0 and variance 1")
     return latents, seed
+
+
+def _check_piece(piece: mx.array, latents: mx.array, index: int) -> None:
+    """A decoder that fails gives NaN, or one value for latents that differ; but ±1 may be a black or white scene."""
+    if mx.isnan(piece).any().item():
+        raise WanError(f"piece {index} of the decoded video is not finite: check the checkpoint's VAE")
+    low, high = mx.min(piece).item(), mx.max(piece).item()
+    if low == high and abs(low) < 1 and (mx.var(latents) > 0).item():  # pyright: ignore[reportArgumentType]
+        raise WanError(
+            f"piece {index} of the decoded video is one flat colour: the run was stopped; MLX gives zeros where a GPU "
+            "runs out of memory: try a smaller size"
+        )
 
 
 def to_uint8(video: mx.array) -> np.ndarray:

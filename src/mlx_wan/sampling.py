@@ -10,6 +10,8 @@ from mlx_wan.errors import WanError
 from mlx_wan.models.transformer import WanTransformer
 from mlx_wan.schedulers import Scheduler
 
+LEAST_VARIANCE = 1e-8  # of latents; theirs is about 1
+
 
 def initial_noise(shape: tuple[int, ...], seed: int) -> mx.array:
     """Gaussian noise of `shape`, float32; the same seed gives the same noise on every backend."""
@@ -96,7 +98,7 @@ def denoise(
         context, negative_context: (B, text_len, text_dim), zeros after the text.
         passes: how the two velocities of guidance come about.
 
-    Raises WanError when a step gives values that are not finite.
+    Raises WanError when a step gives values that are not finite, or all the same.
     """
     batch, frames = noise.shape[:2]
     latents, state = _with_first(noise, condition.first_frame), scheduler.init()
@@ -111,12 +113,22 @@ def denoise(
         latents, state = scheduler.step(velocity, latents, state)
         latents = _with_first(latents, condition.first_frame)
         mx.eval(latents)
-        if not mx.isfinite(latents).all().item():
-            raise WanError(
-                f"latents are not finite after step {step + 1} of {len(scheduler.timesteps)}: the run was stopped; "
-                "check the checkpoint's weights, or try dtype float32"
-            )
+        _check(latents, step + 1, len(scheduler.timesteps))
         yield latents
+
+
+def _check(latents: mx.array, step: int, steps: int) -> None:
+    """A run that has gone wrong shows here, hours before its video: as NaN, or as the zeros of a GPU out of memory."""
+    if not mx.isfinite(latents).all().item():
+        raise WanError(
+            f"latents are not finite after step {step} of {steps}: the run was stopped; "
+            "check the checkpoint's weights, or try dtype float32"
+        )
+    if latents.size > 1 and (mx.var(latents) < LEAST_VARIANCE).item():
+        raise WanError(
+            f"latents are all the same after step {step} of {steps}: the run was stopped; MLX gives zeros where a GPU "
+            "runs out of memory: try fewer frames or a smaller size"
+        )
 
 
 def _with_first(latents: mx.array, first_frame: mx.array | None) -> mx.array:

@@ -43,7 +43,7 @@ def test_quantizing(square, tmp_path, flag):  # noqa: F811
     ("flags", "message"),
     [
         (["-q", "4"], "its 96 columns are not a multiple of the group size 64"),
-        (["-q", "5"], "bits must be one of (4, 8)"),
+        (["-q", "5"], "cannot quantize to 5 bits in groups of 64: affine has 4 or 8 bits"),
         (["-q", "four"], "invalid int value: 'four'"),
         (["--dtype", "int8"], "invalid choice: 'int8'"),
     ],

@@ -17,7 +17,9 @@ import mlx_wan
 from mlx_wan import backend
 from mlx_wan.cli import generate
 from mlx_wan.cli.main import main
+from mlx_wan.memory.plan import Dimensions, Setting, plans
 from mlx_wan.video import read_metadata, read_video
+from mlx_wan.weights.locate import locate
 from mlx_wan.zoo import NEGATIVE_PROMPT
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,11 +48,14 @@ def folder(tmp_path, monkeypatch) -> Path:
 def requests(model, folder, monkeypatch, capsys):
     """Runs a command line up to where weights would be loaded; returns exit code, options, path and stderr."""
 
+    monkeypatch.setattr(backend, "usable_memory", lambda: 2**60)  # the defaults are those of TI2V-5B
+
     def request(line: str, prompt: str = "a red circle", ckpt_dir: Path = model):
         made = []
 
         def make(args, checkpoint, options, path, pipelines):
             made.append((options, path))
+            request.low_memory = args.low_memory
             return {"load": 1.0, "denoise": 2.0}
 
         monkeypatch.setattr(generate, "_make", make)
@@ -274,30 +279,39 @@ def test_a_damaged_checkpoint_is_a_failure_named_before_the_work(requests, folde
     assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize(("dtype", "refused"), [("float32", True), ("bfloat16", False)])
-def test_weights_larger_than_the_memory_are_refused(requests, model, monkeypatch, dtype, refused):
-    from mlx_wan.weights.locate import locate
-
-    found = locate(model)
-    elements = {
-        part: generate._weight_bytes(getattr(found, part), 1) for part in ("transformer", "text_encoder", "vae")
-    }
-    largest = max(elements["transformer"], elements["text_encoder"])
-    monkeypatch.setattr(backend, "total_memory", lambda: 4 * elements["vae"] + 3 * largest)
-    code, options, _, err = requests(f"--dtype {dtype}")
-    assert (code, options is None) == ((2, True) if refused else (0, False))
-    assert ("error: " in err) == refused
-    assert "the weights take" in err  # as a note where they just fit
+SMALL_CLIP = "--size 64*32 --frame_num 5"
 
 
-@pytest.mark.parametrize(("flag", "refused"), [("", False), ("--keep-both-experts", True)])
-def test_of_two_experts_one_needs_memory_unless_both_are_kept(requests, experts, monkeypatch, flag, refused):
-    sizes = {"transformer": 10, "text_encoder": 12, "vae": 1}
-    monkeypatch.setattr(generate, "_weight_bytes", lambda part, _: sizes[part.identity.component])
-    monkeypatch.setattr(backend, "total_memory", lambda: 13)
-    code, options, _, err = requests(flag, ckpt_dir=experts)
-    assert (code, options is None) == ((2, True) if refused else (0, False))
-    assert "the weights take" in err
+def planned(folder, **setting):
+    """The peaks of both plans for a small clip."""
+    setting = Setting(64, 32, 5, **{"dtype": mx.float32, **setting})
+    return [plan.peak for plan in plans(Dimensions.of_checkpoint(locate(folder)), setting, "CPU")]
+
+
+def test_what_does_not_fit_is_refused_with_what_does(requests, model, monkeypatch):
+    keeping, leaving = planned(model)
+    monkeypatch.setattr(backend, "usable_memory", lambda: leaving - 1)
+    code, options, _, err = requests(SMALL_CLIP)
+    assert (code, options) == (2, None)
+    assert err.count("\n") == 1
+    # The text encoder is the largest here, and its rows are none that packing takes.
+    assert re.search(r"error: text takes .* GiB of memory can be used: no smaller setting fits either", err)
+    assert requests(f"{SMALL_CLIP} --ignore_plan")[0] == 0
+    for memory, low_memory in ((leaving, True), (keeping - 1, True), (keeping, False)):
+        monkeypatch.setattr(backend, "usable_memory", lambda memory=memory: memory)
+        code, *_ = requests(SMALL_CLIP)
+        assert (code, requests.low_memory) == (0, low_memory)
+
+
+@pytest.mark.parametrize(("flag", "fits"), [("", True), ("--keep-both-experts", False)])
+def test_of_two_experts_one_needs_memory_unless_both_are_kept(requests, experts, monkeypatch, flag, fits):
+    one, both = planned(experts)[1], planned(experts, keep_both_experts=True)[1]
+    assert one <= both
+    keeping_one, keeping_both = planned(experts)[0], planned(experts, keep_both_experts=True)[0]
+    assert keeping_one < keeping_both
+    monkeypatch.setattr(backend, "usable_memory", lambda: keeping_one)
+    assert requests(f"{SMALL_CLIP} {flag}", ckpt_dir=experts)[0] == 0
+    assert requests.low_memory == (not fits)
 
 
 def test_two_experts_have_guidance_each(requests, experts):

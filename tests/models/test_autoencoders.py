@@ -7,6 +7,8 @@ import pytest
 import small
 from mlx.utils import tree_flatten
 
+from mlx_wan.errors import WanError
+from mlx_wan.models import autoencoder
 from mlx_wan.models.autoencoder import FeatureCache, RMSNorm
 from mlx_wan.models.vae21 import VAE21Config, WanVAE21
 from mlx_wan.models.vae22 import VAEConfig, WanVAE22
@@ -150,3 +152,12 @@ def test_latents_that_do_not_fit(model, shape):
     for wrong in ((2, 2, 2, shape[-1]), (1, 2, 2, 2, 12)):
         with pytest.raises(ValueError, match=rf"floats \(B, T, H, W, {shape[-1]}\)"):
             model.decode(mx.zeros(wrong))
+
+
+def test_convolutions_larger_than_mlx_counts_are_refused(monkeypatch):
+    vae = WanVAE22(VAEConfig(dim=4, dec_dim=4, z_dim=4, latents_mean=(0.0,) * 4, latents_std=(1.0,) * 4))
+    latents = mx.zeros((1, 1, 2, 2, 4))
+    vae.decode(latents)
+    monkeypatch.setattr(autoencoder, "MAX_ELEMENTS", 4000)
+    with pytest.raises(WanError, match=r"a convolution of the VAE would have \d+ values"):
+        vae.decode(latents)

@@ -228,11 +228,17 @@ def square_experts(tmp_path):
     return tmp_path / "experts"
 
 
-@pytest.mark.parametrize(("bits", "group_size"), [(4, 64), (8, 64), (4, 32), (8, 32)])
-def test_quantized_as_mlx_does_it(square, dst, bits, group_size):
-    convert(square, dst, bits=bits, group_size=group_size)
+@pytest.mark.parametrize(
+    ("bits", "group_size", "mode"),
+    [
+        *((4, 64, "affine"), (8, 64, "affine"), (4, 32, "affine"), (8, 32, "affine")),
+        *((4, None, "mxfp4"), (8, None, "mxfp8"), (4, 16, "nvfp4")),
+    ],
+)
+def test_quantized_as_mlx_does_it(square, dst, bits, group_size, mode):
+    convert(square, dst, bits=bits, group_size=group_size, mode=mode)
     checkpoint = locate(dst)
-    how = Quantization(bits, group_size)
+    how = Quantization(bits, group_size, mode)
     assert checkpoint.quantization == how
     original = locate(square)
     for load in (load_transformer, load_text_encoder):
@@ -279,9 +285,11 @@ def test_which_matrices_are_packed(square):
 def test_what_cannot_be_quantized(src, square, dst):
     with pytest.raises(UserError, match=r"its 96 columns are not a multiple of the group size 64; choose another"):
         convert(src, dst, bits=4)
-    for bits, group_size in ((3, 64), (4, 48)):
-        with pytest.raises(UserError, match="bits must be one of"):
-            convert(square, dst, bits=bits, group_size=group_size)
+    for bits, group_size, mode in ((3, 64, "affine"), (4, 48, "affine"), (8, None, "mxfp4"), (4, 32, "nvfp4")):
+        with pytest.raises(UserError, match=f"cannot quantize to {bits} bits .*: {mode} has"):
+            convert(square, dst, bits=bits, group_size=group_size, mode=mode)
+    with pytest.raises(UserError, match="cannot quantize in the mode 'int8'; choose one of affine, mxfp4"):
+        convert(square, dst, bits=8, mode="int8")
     assert not dst.parent.exists()
     convert(square, dst, bits=4)
     with pytest.raises(UserError, match="is quantized already; convert the original"):

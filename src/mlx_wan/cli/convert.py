@@ -30,7 +30,16 @@ def add_storage_flags(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=("bfloat16", "float16", "float32"), help="of the matrices (default: as they are stored)"
     )
     parser.add_argument("-q", "--bits", type=int, metavar="BITS", help="quantize the matrices to 4 or 8 bits")
-    parser.add_argument("--group-size", type=int, default=64, metavar="N", help="values a scale: 32, 64 or 128")
+    parser.add_argument(
+        "--q-mode", default="affine", metavar="MODE", help="affine (default), mxfp4, mxfp8 or nvfp4, of -q bits"
+    )
+    parser.add_argument(
+        "--q-group-size",
+        "--group-size",
+        type=int,
+        metavar="N",
+        help="values a scale: 64 (default), 32 or 128 in the mode affine, one number in the others",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a converted model that is there")
 
 
@@ -55,7 +64,8 @@ def write(args: argparse.Namespace, work: Callable[..., Path]) -> None:
         folder = work(
             dtype=getattr(mx, args.dtype) if args.dtype else None,
             bits=args.bits,
-            group_size=args.group_size,
+            group_size=args.q_group_size,
+            mode=args.q_mode,
             overwrite=args.overwrite,
             progress=progress,
         )

@@ -10,6 +10,7 @@ import copy
 import math
 import re
 import secrets
+import sys
 import time
 import warnings
 from dataclasses import dataclass
@@ -118,6 +119,10 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         action="store_true",
         help="keep both experts of an A14B model in memory, instead of loading the second when its turn comes",
     )
+    how.add_argument(
+        "--text_cache", metavar="DIR", help="keep embeddings of prompts there; one that comes again loads no encoder"
+    )
+    how.add_argument("--ignore_plan", action="store_true", help="run even if `mlx-wan plan` says that it does not fit")
     add_sharing_flags(parser)
     old = parser.add_argument_group("official: accepted from that script, without effect here")
     old.add_argument("--offload_model", nargs="?", const=True, type=_boolean, metavar="BOOL", help="memory is shared")
@@ -245,9 +250,9 @@ def _jobs(args: argparse.Namespace, name: str, taken: set[Path]) -> list[Job]:
         if path in taken:
             raise UserError(f"{path}: is already the file of an earlier video of this command")
         taken.add(path)
+        one.low_memory = _low_memory(args, checkpoint, options)
         seed_name = f"seed {options['seed']}" if len(seeds) > 1 else ""
         jobs.append(Job(" ".join(filter(None, (name, seed_name))), one, checkpoint, options, path))
-    _check_memory(checkpoint, args.dtype, args.keep_both_experts, args.crew.parallel)
     _check_loras(args, checkpoint)
     _say_what_is_pointless(args)
     return jobs
@@ -264,7 +269,8 @@ class Pipelines:
     def get(self, args: argparse.Namespace, checkpoint: "Checkpoint") -> "WanPipeline":
         """The pipeline for these flags, with its weights unless memory is short."""
         files = [getattr(args, part) for part in FILES]
-        key = (args.ckpt_dir, *files, args.task, args.dtype, args.keep_both_experts, args.fuse, *parse_loras(args))
+        key = (args.ckpt_dir, *files, args.task, args.dtype, args.keep_both_experts, args.low_memory, args.fuse)
+        key += (args.text_cache, *parse_loras(args))
         if self._pipe is None or key != self._key:
             self._pipe = None  # the old one leaves before the new one comes
             self._key, self._pipe = key, _load(args, checkpoint)
@@ -299,15 +305,16 @@ def _load(args: argparse.Namespace, checkpoint: "Checkpoint") -> "WanPipeline":
     mx.clear_cache()
     dtype = getattr(mx, args.dtype) if args.dtype else None
     both, parallel = args.keep_both_experts, args.crew.parallel
-    pipe = mlx_wan.WanPipeline.from_pretrained(checkpoint, dtype=dtype, keep_both_experts=both, parallel=parallel)
+    pipe = mlx_wan.WanPipeline.from_pretrained(checkpoint, dtype, args.low_memory, both, parallel=parallel)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # _check_loras has said it
         for lora in parse_loras(args):
             pipe.load_lora_weights(lora.path, scale=lora.scale, expert=lora.expert)
     if args.fuse:
         pipe.fuse_lora()
+    pipe.text_cache = Path(args.text_cache) if args.text_cache else None
     if not pipe.low_memory:  # else each part is loaded in the stage that needs it
-        _ = pipe.text_encoder, pipe.vae, both and pipe.transformer_2, pipe.transformer
+        _ = pipe.text_cache or pipe.text_encoder, pipe.vae, both and pipe.transformer_2, pipe.transformer
     return pipe
 
 
@@ -375,7 +382,7 @@ def _check_flags(args: argparse.Namespace) -> None:
     """What can be judged without knowing the model."""
     if args.prompt is None:
         raise UserError("the following arguments are required: --prompt (see mlx-wan generate --help)")
-    for flag in ("image", "last_frame", "save_file", "ckpt_dir", *FILES):
+    for flag in ("image", "last_frame", "save_file", "ckpt_dir", "text_cache", *FILES):
         if getattr(args, flag) == "":  # an unset variable of a script: no reason to do something else silently
             raise UserError(f"--{flag} is empty; give a name, or leave the flag out")
     if args.use_prompt_extend:
@@ -438,7 +445,7 @@ def _options(args: argparse.Namespace, checkpoint: "Checkpoint", image: Any) -> 
 
 def _size(args: argparse.Namespace, checkpoint: "Checkpoint", image: Any) -> tuple[int, int]:
     spec = checkpoint.spec
-    width, height = (spec.width, spec.height) if args.size is None else _parse_size(args.size)
+    width, height = (spec.width, spec.height) if args.size is None else parse_size(args.size)
     step_w, step_h = checkpoint.size_steps
     if spec.name == "i2v-14B" and args.size is None:
         _note(f"the 480P and the 720P model look the same: {width}*{height} is assumed; --size 832*480 for the other")
@@ -455,7 +462,8 @@ def _size(args: argparse.Namespace, checkpoint: "Checkpoint", image: Any) -> tup
     return width, height
 
 
-def _parse_size(text: str) -> tuple[int, int]:
+def parse_size(text: str) -> tuple[int, int]:
+    """Width and height of a size such as 1280*704; UserError for anything else."""
     match = re.fullmatch(r"(\d{1,5})\s*[*xX×]\s*(\d{1,5})", text.strip())
     if not match:
         raise UserError(f"--size {text}: must be width*height in pixels, such as 1280*704")
@@ -475,6 +483,27 @@ def _free_name(prompt: str, model: str, options: dict[str, Any], taken: "set[Pat
         number += 1
         path = Path(f"{stem}_{number}{suffix}")
     return path
+
+
+def _low_memory(args: argparse.Namespace, checkpoint: "Checkpoint", options: dict[str, Any]) -> bool | None:
+    """Whether parts have to leave memory on the way, None to let the pipeline decide; UserError if the run cannot fit.
+
+    The planner knows of one process with whole parts. Where weights are spread over several, only they are counted.
+    """
+    parallel = args.crew.parallel
+    if min(parallel.share_of_transformer, parallel.share_of_text_encoder) < 1:
+        _check_memory(checkpoint, args.dtype, args.keep_both_experts, parallel)
+        return None
+    import mlx.core as mx
+
+    from mlx_wan.memory.plan import Dimensions, Setting, choose
+
+    dtype = getattr(mx, args.dtype) if args.dtype else backend.default_dtype()
+    size = options["width"], options["height"], options["num_frames"]
+    pictures = sum(options.get(name) is not None for name in ("image", "last_image"))
+    setting = Setting(*size, dtype, pictures, keep_both_experts=args.keep_both_experts)
+    memory = sys.maxsize if args.ignore_plan else backend.usable_memory()
+    return choose(Dimensions.of_checkpoint(checkpoint), setting, backend.device_name(), memory).low_memory
 
 
 def _check_memory(checkpoint: "Checkpoint", dtype: str | None, both_experts: bool, parallel: "Parallel") -> None:

@@ -22,6 +22,7 @@ from mlx_wan.errors import UserError, WanError
 # stay cheap: whatever is heavy is imported inside run.
 COMMANDS = {
     "generate": "mlx_wan.cli.generate",
+    "plan": "mlx_wan.cli.plan",
     "inspect": "mlx_wan.cli.inspect",
     "convert": "mlx_wan.cli.convert",
     "fuse": "mlx_wan.cli.fuse",

@@ -6,13 +6,16 @@ has 4n + 1 frames. A piece may be of any length that the strides divide, so a wh
 latent frame at a time (generation) run the same code. Tensors are channels last, parameter names the official ones.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from .layers import SiLU, run_layers
+from mlx_wan.errors import WanError
+
+from .layers import SiLU, copied, run_layers
 
 
 class AutoencoderConfig(Protocol):
@@ -61,24 +64,26 @@ def decoder_widths(config: AutoencoderConfig) -> list[int]:
 class FeatureCache:
     """What the causal layers remember between pieces of one clip.
 
-    `first` is true while the piece that holds the clip's first frame passes.
+    Attributes:
+        frames: by the id of the layer that keeps them.
+        first: true while the piece that holds the clip's first frame passes.
     """
 
-    def __init__(self) -> None:
-        self.first = True
-        self._frames: dict[int, mx.array] = {}
+    def __init__(self, frames: dict[int, mx.array] | None = None, first: bool = True) -> None:
+        self.first = first
+        self.frames: dict[int, mx.array] = frames or {}
 
     def recall(self, layer: nn.Module) -> mx.array | None:
         """The frames `layer` kept from the piece before; None at the first."""
-        return self._frames.get(id(layer))
+        return self.frames.get(id(layer))
 
     def keep(self, layer: nn.Module, frames: mx.array) -> None:
-        """Keeps `frames` for `layer`, as a copy: a view would hold the whole array it is cut from."""
-        self._frames[id(layer)] = mx.contiguous(frames)
+        """Keeps a copy of `frames` for `layer`."""
+        self.frames[id(layer)] = copied(frames)
 
     def arrays(self) -> list[mx.array]:
         """All stored frames, for mx.eval."""
-        return list(self._frames.values())
+        return list(self.frames.values())
 
 
 class Cached(nn.Module):
@@ -95,6 +100,16 @@ class RMSNorm(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         # The reference guards only against a length of 0, by max(length, 1e-12): eps must vanish beside all others.
         return mx.fast.rms_norm(x, self.gamma, 1e-24)
+
+
+MAX_ELEMENTS = 2**31  # of a convolution's result: what lies beyond comes out wrong (ml-explore/mlx#3248)
+
+
+def _check_size(elements: int) -> None:
+    if elements > MAX_ELEMENTS:
+        raise WanError(
+            f"a convolution of the VAE would have {elements} values, more than MLX counts; use a smaller size"
+        )
 
 
 class CausalConv3d(Cached):
@@ -119,7 +134,9 @@ class CausalConv3d(Cached):
 
     def convolve(self, x: mx.array) -> mx.array:
         """The convolution alone, over frames the caller has put in front."""
-        _, _, kh, kw, _ = self.weight.shape
+        out_dim, kt, kh, kw, _ = self.weight.shape
+        b, t, h, w, _ = x.shape
+        _check_size(b * ((t - kt) // self.stride_t + 1) * h * w * out_dim)
         return mx.conv3d(x, self.weight, stride=(self.stride_t, 1, 1), padding=(0, kh // 2, kw // 2)) + self.bias
 
 
@@ -127,6 +144,7 @@ class Conv2d(nn.Conv2d):
     """2-D convolution of every frame of (B, T, H, W, C)."""
 
     def __call__(self, x: mx.array) -> mx.array:
+        _check_size(math.prod(x.shape[:-1]) * self.weight.shape[0] // self.stride[0] ** 2)
         frames = super().__call__(x.reshape(-1, *x.shape[2:]))
         return frames.reshape(*x.shape[:2], *frames.shape[1:])
 
@@ -274,6 +292,11 @@ def unfold_pixels(x: mx.array, p: int) -> mx.array:
     return x.reshape(b, t, h * p, w * p, c // (p * p))
 
 
+def clipped(pixels: mx.array) -> mx.array:
+    """Pixels within [-1, 1]; what is infinite becomes NaN, which would else pass for black or white."""
+    return mx.where(mx.isinf(pixels), mx.nan, mx.clip(pixels, -1, 1))
+
+
 def _floats(array: mx.array, what: str, channels: int) -> mx.array:
     """`array` (NumPy's too) as MLX has it, found to be (B, T, H, W, channels) of floats.
 
@@ -361,7 +384,7 @@ class WanVAE(nn.Module):
         latents = _floats(latents, "latents", self.config.z_dim)
         cache = FeatureCache()
         for i in range(latents.shape[1]):
-            piece = mx.clip(self.pixels(self.denormalise(latents[:, i : i + 1]), cache), -1, 1)
+            piece = clipped(self.pixels(self.denormalise(latents[:, i : i + 1]), cache))
             mx.eval(piece, cache.arrays())
             yield piece
 

@@ -1,7 +1,8 @@
 """Small pieces that more than one model is made of."""
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import cast
 
@@ -26,9 +27,11 @@ def quick_tanh(x: mx.array) -> mx.array:
     return t
 
 
-@mx.custom_function
-def _cpu_gelu(x: mx.array) -> mx.array:
+def _plain_gelu(x: mx.array) -> mx.array:
     return 0.5 * x * (1 + quick_tanh(_GELU_SLOPE * x * (1 + _GELU_CUBIC * x * x)))
+
+
+_cpu_gelu = mx.custom_function(_plain_gelu)
 
 
 @_cpu_gelu.vjp
@@ -39,15 +42,42 @@ def _cpu_gelu_vjp(x: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
     return cotangent * 0.5 * (1 + t + x * (1 - t * t) * inner)
 
 
-@mx.custom_function
-def _cpu_silu(x: mx.array) -> mx.array:
+def _plain_silu(x: mx.array) -> mx.array:
     return 0.5 * x * (1 + quick_tanh(0.5 * x))
+
+
+_cpu_silu = mx.custom_function(_plain_silu)
 
 
 @_cpu_silu.vjp
 def _cpu_silu_vjp(x: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
     sigmoid = 0.5 * (1 + quick_tanh(0.5 * x))
     return cotangent * sigmoid * (1 + x * (1 - sigmoid))
+
+
+def _plain_copy(x: mx.array) -> mx.array:
+    return x * 1
+
+
+# Three operations whose graphs mx.export_function cannot write, and the same in one that it can.
+_USUAL: dict[str, Callable] = {"gelu": _cpu_gelu, "silu": _cpu_silu, "copy": mx.contiguous}
+_TRACEABLE: dict[str, Callable] = {"gelu": _plain_gelu, "silu": _plain_silu, "copy": _plain_copy}
+_forms = dict(_USUAL)
+
+
+@contextlib.contextmanager
+def traceable() -> Iterator[None]:
+    """Inside, `mx.export_function` can trace the models: same values and same memory, but no gradients of our own."""
+    _forms.update(_TRACEABLE)
+    try:
+        yield
+    finally:
+        _forms.update(_USUAL)
+
+
+def copied(x: mx.array) -> mx.array:
+    """`x` in a buffer of its own: a view would hold the whole array it is cut from."""
+    return cast(mx.array, _forms["copy"](x))
 
 
 def _on_cpu(x: mx.array) -> bool:
@@ -58,14 +88,14 @@ class GELU(nn.Module):
     """The tanh form of the Gaussian error linear unit, torch's GELU(approximate="tanh")."""
 
     def __call__(self, x: mx.array) -> mx.array:
-        return cast(mx.array, _cpu_gelu(x)) if _on_cpu(x) else nn.gelu_approx(x)
+        return cast(mx.array, _forms["gelu"](x)) if _on_cpu(x) else nn.gelu_approx(x)
 
 
 class SiLU(nn.Module):
     """x · sigmoid(x)."""
 
     def __call__(self, x: mx.array) -> mx.array:
-        return cast(mx.array, _cpu_silu(x)) if _on_cpu(x) else nn.silu(x)
+        return cast(mx.array, _forms["silu"](x)) if _on_cpu(x) else nn.silu(x)
 
 
 def run_layers(layers: list[nn.Module], x: mx.array) -> mx.array:

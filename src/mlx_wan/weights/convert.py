@@ -27,7 +27,8 @@ def convert(
     dst: str | Path,
     dtype: mx.Dtype | None = None,
     bits: int | None = None,
-    group_size: int = 64,
+    group_size: int | None = None,
+    mode: str = "affine",
     *,
     to: str = "native",
     change: Change | None = None,
@@ -41,7 +42,8 @@ def convert(
         dtype: of the matrices; None leaves each as it is stored. The VAE and the parts of the transformer that
             compute in float32 are always stored in float32.
         bits: 4 or 8 packs the matrices that `quantize.QUANTIZED` names; None packs nothing.
-        group_size: how many values of a row share a scale: 32, 64 or 128.
+        group_size: how many values of a row share a scale; None for the mode's default.
+        mode: one of `quantize.MODES`, which also says its bits and group sizes.
         to: the layout to write: "native", or "official" and "diffusers" for the programs of others.
         change: what to do with the tensors of each component before they are packed: called with the checkpoint,
             the component's name and its tensors as the module takes them.
@@ -57,7 +59,7 @@ def convert(
         CheckpointError: a bad `src`, as `locate`.
     """
     dst = Path(dst).expanduser()
-    how = None if bits is None else Quantization(bits, group_size)
+    how = None if bits is None else Quantization(bits, group_size, mode)
     if to != "native" and to not in WRITERS:
         raise UserError(f"cannot write the layout {to!r}; choose one of native, {', '.join(WRITERS)}")
     if to != "native" and how is not None:

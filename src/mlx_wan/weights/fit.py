@@ -108,12 +108,17 @@ def _loadable(info: TensorInfo, parameter: mx.array) -> bool:
 def _target(component: str, name: str, info: TensorInfo, dtype: mx.Dtype | None) -> mx.Dtype:
     stored = DTYPES[info.dtype][2]
     assert stored is not None  # _check has seen to it
+    return parameter_dtype(component, name, mx.bfloat16 if info.packed and dtype is None else stored, dtype)
+
+
+def parameter_dtype(component: str, name: str, stored: mx.Dtype, dtype: mx.Dtype | None) -> mx.Dtype:
+    """The type in which a parameter that a file has as `stored` is loaded, matrices in `dtype` (None: as stored)."""
     if not mx.issubdtype(stored, mx.floating):
         return stored
     always = component == "transformer" and any(fragment in name for fragment in FLOAT32_PARAMETERS)
     if always or component == "vae":
         return mx.float32
-    return dtype or (mx.bfloat16 if info.packed else stored)
+    return dtype or stored
 
 
 def _fitted(info: TensorInfo, name: str, way: str, shape: tuple[int, ...], dtype: mx.Dtype) -> TensorInfo:

@@ -1,0 +1,1 @@
+"""What a run will hold in memory, known before anything is loaded."""

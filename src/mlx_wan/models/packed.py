@@ -1,0 +1,43 @@
+"""Linear layers whose matrix is packed, and how they multiply with it."""
+
+from functools import partial
+
+import mlx.core as mx
+import mlx.nn as nn
+
+# Up to this many rows the matrix is multiplied as it is packed; above, it is unpacked once a call.
+# CPU: measured, docs/benchmarks.md. CUDA: measured at 16 rows (packed is twice as fast) and at 512 (unpacked is 1.8
+# times), not between. Metal: not measured.
+FEW_ROWS = {"CPU": 4, "CUDA": 128, "Metal": 512}
+MAX_ROWS = 32768  # of one product with a packed matrix, or an unpacked one: beyond, MLX has returned wrong values
+
+
+def _backend() -> str:
+    if mx.default_device() != mx.Device(mx.gpu):
+        return "CPU"
+    return "Metal" if mx.metal.is_available() else "CUDA"
+
+
+def _product(matrix: mx.array, rows: mx.array) -> mx.array:
+    return rows @ matrix
+
+
+class PackedLinear(nn.QuantizedLinear):
+    """`nn.QuantizedLinear`, with its parameters and its values, that is fast for many rows too."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """(..., in) -> (..., out), in x's dtype or the bias's, whichever is larger."""
+        rows = x.reshape(-1, x.shape[-1])
+        few = rows.shape[0] <= FEW_ROWS[_backend()]
+        multiply = self._packed if few else partial(_product, self._unpacked(x.dtype).T)
+        pieces = [multiply(rows[i : i + MAX_ROWS]) for i in range(0, rows.shape[0], MAX_ROWS)]
+        y = (pieces[0] if len(pieces) == 1 else mx.concatenate(pieces)).reshape(*x.shape[:-1], -1).astype(x.dtype)
+        return y + self.bias if "bias" in self else y
+
+    def _packed(self, rows: mx.array) -> mx.array:
+        matrix = self.weight, self.scales, self.get("biases")
+        return mx.quantized_matmul(rows, *matrix, True, self.group_size, self.bits, self.mode)
+
+    def _unpacked(self, dtype: mx.Dtype) -> mx.array:
+        matrix = self.weight, self.scales, self.get("biases")
+        return mx.dequantize(*matrix, self.group_size, self.bits, self.mode, dtype=dtype)
