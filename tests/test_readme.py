@@ -23,6 +23,7 @@ def arguments(line: str) -> list[str] | None:
     words = shlex.split(line)
     words = words[2:] if words[:2] == ["uv", "run"] else words
     words = words[1:] if words[:1] == ["--no-sync"] else words
+    words = words[words.index("--") + 1 :] if words[:1] == ["mlx.launch"] else words
     if words[:1] == ["mlx-wan"]:
         return words[1:]
     if words[:1] == ["python"] and words[1] in DOORS:

@@ -306,8 +306,8 @@ def facts(*, measure: bool = True) -> dict[str, Any]:
     import mlx.core as mx
 
     return {
-        "mlx-wan": _version("mlx-wan"),
-        "mlx": _version("mlx"),
+        "mlx-wan": version("mlx-wan"),
+        "mlx": version("mlx"),
         "mlx wheels": wheels(),
         "wheel conflict": wheel_conflict(),
         "device": device_name(),
@@ -316,7 +316,7 @@ def facts(*, measure: bool = True) -> dict[str, Any]:
         "blas": _blas_facts(measure),
         "memory": {"total bytes": total_memory(), "peak bytes": peak_memory()},
         "cache": _cache_folder(),
-        "packages": {name: _version(name) for name in _PACKAGES},
+        "packages": {name: version(name) for name in _PACKAGES},
         "python": platform.python_version(),
         "system": platform.platform(),
     }
@@ -353,7 +353,8 @@ def _measure_product(size: int = 384) -> tuple[float, float]:
     return round(2 * size**3 / seconds / 1e9, 1), error
 
 
-def _version(name: str) -> str | None:
+def version(name: str) -> str | None:
+    """Of an installed package; None if there is none."""
     from importlib import metadata
 
     try:

@@ -12,13 +12,14 @@ from typing import Any
 
 import av
 import numpy as np
+from av.codec import Codec
 from av.error import FFmpegError
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mlx_wan.errors import UserError, WanError
+from mlx_wan.formats import CODECS, VIDEOS
 
-SUFFIXES = (".mp4", ".mov", ".mkv")
-_CONTAINERS = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska"}
+SUFFIXES = tuple(VIDEOS)
 _BT709 = 1  # the code point of primaries, transfer and matrix in H.264
 _ITU709 = 1  # the same matrix by swscale's own numbering
 _LIMITED_RANGE = 1
@@ -34,6 +35,11 @@ def check_writable(path: str | Path) -> None:
     path = Path(path)
     if path.suffix.lower() not in SUFFIXES:
         raise UserError(f"{path}: a video's name ends in {', '.join(SUFFIXES)}")
+    check_folder(path)
+
+
+def check_folder(path: Path) -> None:
+    """UserError if no file can be written at `path`, whatever its ending; creates nothing."""
     try:
         if path.is_dir():
             raise UserError(f"{path}: is a folder; give a file name")
@@ -45,25 +51,39 @@ def check_writable(path: str | Path) -> None:
         raise UserError(f"{path}: cannot write there ({error.strerror}); choose another folder") from None
 
 
+def has_encoder(name: str) -> bool:
+    """Whether this build of PyAV can encode with FFmpeg's `name`."""
+    try:
+        Codec(name, "w")
+    except (ValueError, FFmpegError):
+        return False
+    return True
+
+
 class VideoWriter:
-    """An H.264 video (yuv420p, BT.709, near-lossless quality) that grows by pieces.
+    """A video (by default H.264, yuv420p, BT.709, near-lossless quality) that grows by pieces.
 
     A context manager. The frames go to a hidden file in the same folder, renamed on success and removed on any
     error or Ctrl-C, so `path` is either whole or not there.
 
     Args:
-        path: ends in .mp4, .mov or .mkv.
+        path: ends as a key of `formats.VIDEOS` does.
         fps: frames a second, > 0.
         metadata: JSON-able facts kept in the file's `comment` tag; `read_metadata` returns them.
+        codec: a key of `formats.CODECS` that the container takes; None is its usual one.
 
     Raises:
-        UserError: `path` cannot be written, or frames have an odd side (4:2:0 chroma needs even ones).
+        UserError: `path` cannot be written, or frames have an odd side (halved chroma needs even ones).
         WanError: the encoder or the disk failed.
     """
 
-    def __init__(self, path: str | Path, fps: float, *, metadata: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, path: str | Path, fps: float, *, metadata: dict[str, Any] | None = None, codec: str | None = None
+    ) -> None:
         check_writable(path)
         self.path = Path(path)
+        self._format = VIDEOS[self.path.suffix.lower()]
+        self._codec = CODECS[codec or self._format.codecs[0]]
         self.frames_written = 0
         self._fps = Fraction(fps).limit_denominator(1001)
         self._temporary = self.path.with_name(f".mlx-wan-{os.getpid()}-{id(self):x}.partial")
@@ -76,7 +96,7 @@ class VideoWriter:
             self._container = av.open(
                 str(self._temporary),
                 "w",
-                format=_CONTAINERS[self.path.suffix.lower()],
+                format=self._format.container,
                 container_options={"movflags": "+faststart+use_metadata_tags"},
             )
         except _VIDEO_ERRORS as error:
@@ -97,7 +117,7 @@ class VideoWriter:
                 size = (self._stream.height, self._stream.width)
                 raise ValueError(f"the video is {size}, a piece {frames.shape[1:3]} (height, width)")
             for frame in frames:
-                self._container.mux(self._stream.encode(self._to_yuv(frame)))
+                self._container.mux(self._stream.encode(self._picture(frame)))
                 self.frames_written += 1
         except (OSError, FFmpegError) as error:
             raise self._failed(error) from None
@@ -115,21 +135,24 @@ class VideoWriter:
         self._temporary.unlink(missing_ok=True)
 
     def _start(self, height: int, width: int) -> Any:
-        if height % 2 or width % 2:
-            raise UserError(f"{self.path}: {width}x{height} has an odd side, which H.264 video cannot have")
-        # CRF 16 is visually lossless; "medium" keeps 1280x704 far faster than the model makes frames. Without mbtree,
-        # because with it small frames (96x96) come out different from one call to the next.
-        options = {"crf": "16", "x264-params": "mbtree=0"}
-        stream = self._container.add_stream("libx264", rate=self._fps, options=options)
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        rgb = self._codec.pix_fmt == "rgb24"
+        if not rgb and (height % 2 or width % 2):
+            raise UserError(f"{self.path}: {width}x{height} has an odd side, which such a video cannot have")
+        stream = self._container.add_stream(self._codec.encoder, rate=self._fps, options=dict(self._codec.options))
+        stream.width, stream.height, stream.pix_fmt = width, height, self._codec.pix_fmt
+        stream.bit_rate = 0  # the options set the quality
         codec = stream.codec_context
-        codec.color_primaries = codec.color_trc = codec.colorspace = _BT709
-        codec.color_range = _LIMITED_RANGE
+        if self._codec.tag and self._format.container in ("mp4", "mov"):
+            codec.codec_tag = self._codec.tag
+        if not rgb:
+            codec.color_primaries = codec.color_trc = codec.colorspace = _BT709
+            codec.color_range = _LIMITED_RANGE
         return stream
 
-    def _to_yuv(self, frame: np.ndarray) -> av.VideoFrame:
+    def _picture(self, frame: np.ndarray) -> av.VideoFrame:
         picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-        picture = picture.reformat(format="yuv420p", dst_colorspace=_ITU709)
+        if self._codec.pix_fmt != "rgb24":
+            picture = picture.reformat(format=self._codec.pix_fmt, dst_colorspace=_ITU709)
         picture.pts, picture.time_base = self.frames_written, 1 / self._fps
         return picture
 

@@ -49,7 +49,7 @@ def requests(model, folder, monkeypatch, capsys):
     def request(line: str, prompt: str = "a red circle", ckpt_dir: Path = model):
         made = []
 
-        def make(args, checkpoint, options, path):
+        def make(args, checkpoint, options, path, pipelines):
             made.append((options, path))
             return {"load": 1.0, "denoise": 2.0}
 
@@ -96,7 +96,7 @@ SHORT = (
 @pytest.mark.parametrize("line", [OFFICIAL, OFFICIAL.replace("_", "-"), f"-- {OFFICIAL}", SHORT])
 def test_official_and_short_names_mean_the_same(model, folder, monkeypatch, line):
     made = []
-    monkeypatch.setattr(generate, "_make", lambda *given: made.append(given[2:]) or {})
+    monkeypatch.setattr(generate, "_make", lambda *given: made.append(given[2:4]) or {})
     words = line.split()
     start, words = words[: words[0] == "--"], words[words[0] == "--" :]
     assert main(["generate", *start, "--prompt", "a_b-c", "--ckpt-dir", str(model), *words]) == 0
@@ -168,7 +168,7 @@ def test_default_names_never_meet_a_file_that_is_there(folder, monkeypatch):
     monkeypatch.setattr(generate.time, "strftime", lambda form: "now")
     names = []
     for _ in range(3):
-        path = generate._free_name("a cat", "tiny", {"width": 128, "height": 64})
+        path = generate._free_name("a cat", "tiny", {"width": 128, "height": 64, "num_frames": 5})
         path.touch()
         names.append(path.name)
     assert names == ["tiny_128x64_a_cat_now.mp4", "tiny_128x64_a_cat_now_2.mp4", "tiny_128x64_a_cat_now_3.mp4"]

@@ -179,5 +179,5 @@ def test_a_reader_that_stops_early_is_no_error():
 def test_a_prefix_of_a_flag_is_not_the_flag():
     parser = cli.Parser(prog="x")
     parser.add_argument("--prompt")
-    with pytest.raises(SystemExit):
+    with pytest.raises(UserError, match="unknown flag --prom"):
         parser.parse_args(["--prom", "a"])

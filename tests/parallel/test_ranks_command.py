@@ -36,8 +36,8 @@ def test_two_processes_write_one_video(folder, tmp_path):
     assert silent == ""
     assert all(text.startswith("hint:") for text in errors.splitlines())
     # A value in a million that is rounded the other way makes H.264 decide otherwise: so both are compared with the
-    # frames before encoding, from which another seed's are 1.4 times as far as the code is
-    # (random weights make noise, which codes badly).
+    # frames before encoding, from which another seed's are 1.4 times as far as the code is: random weights make noise,
+    # which codes badly.
     options = {"width": 96, "height": 64, "num_frames": 9, "num_inference_steps": 2, "scheduler": "euler"}
     pipe = mlx_wan.WanPipeline.from_pretrained(folder)
     exact, other = (pipe("two cats", **options, seed=int(out.split()[2]) + i).frames.astype(int) for i in range(2))

@@ -6,32 +6,37 @@ with a request is found out before weights are loaded.
 
 import argparse
 import contextlib
+import copy
 import math
 import re
 import secrets
-import sys
 import time
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_wan import backend
+from mlx_wan.cli import report, settings
 from mlx_wan.cli.fuse import add_lora_flags, parse_loras
-from mlx_wan.cli.progress import Progress
-from mlx_wan.cli.ranks import Crew, add_sharing_flags, together
-from mlx_wan.errors import UserError
+from mlx_wan.cli.progress import JsonProgress, Progress
+from mlx_wan.cli.ranks import add_sharing_flags, together
+from mlx_wan.cli.report import note as _note
+from mlx_wan.errors import UserError, WanError
+from mlx_wan.formats import CODEC_NAMES, output_path, settings_path, sibling
+from mlx_wan.prompting import LANGUAGES, METHODS
 from mlx_wan.zoo import MODELS
 
 if TYPE_CHECKING:
+    from mlx_wan.outputs import Writer
     from mlx_wan.parallel.plan import Parallel
-    from mlx_wan.pipeline import Event
-    from mlx_wan.video import VideoWriter
+    from mlx_wan.pipeline import Event, WanPipeline
     from mlx_wan.weights.checkpoint import Checkpoint, Component
 
 SUMMARY = "make a video from a prompt, or from a prompt and a picture"
 TASKS = tuple(name for name, spec in MODELS.items() if spec.hub_id)
 OTHER_TASKS = ("animate-14B", "s2v-14B")
-FILES = ("transformer", "transformer_2", "text_encoder", "image_encoder", "vae", "tokenizer")
+FILES = settings.PARTS
 SOLVERS = ("unipc", "dpm++", "euler")
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 LARGEST_SEED = 2**63 - 1
@@ -42,8 +47,9 @@ LARGEST_SEED = 2**63 - 1
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser = commands.add_parser("generate", help=SUMMARY, description=SUMMARY)
-    what = parser.add_argument_group("what to make")
-    what.add_argument("--prompt", required=True, help="what the video shows")
+    parser.set_defaults(recorded=None, exact_size=False, extended={})  # what settings.fill finds in a video
+    what = parser.add_argument_group("video: what to make")
+    what.add_argument("--prompt", help="what the video shows")
     what.add_argument("--negative_prompt", "--n_prompt", help="what it must not show (default: the model's own)")
     what.add_argument(
         "--image", "--first_frame", metavar="FILE", help="a picture to start from: the video's first frame"
@@ -52,8 +58,33 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     what.add_argument("--size", metavar="W*H", help="width*height in pixels; with --image only the area counts")
     what.add_argument("--frame_num", "--num_frames", type=int, metavar="N", help="number of frames, 4n+1")
     what.add_argument("--fps", type=float, help="frames a second of the file (default: the model's own)")
-    what.add_argument("--save_file", "--output", "-o", metavar="FILE", help="default: a telling name in this folder")
-    model = parser.add_argument_group("which model")
+    what.add_argument(
+        "--save_file",
+        "--output",
+        "-o",
+        metavar="FILE",
+        help=".mp4, .mov, .mkv, .webm, .gif, .webp, .png, or DIR/ for PNG frames (default: a telling name here)",
+    )
+    out = parser.add_argument_group("output: what is written and shown")
+    out.add_argument("--codec", choices=CODEC_NAMES, help="default: by the ending; h264 for .mp4, prores for .mov")
+    out.add_argument("--save_settings", action="store_true", help="the settings also as JSON beside the video")
+    out.add_argument("--preview", metavar="DIR", help="a small picture of every step's latents, into this folder")
+    out.add_argument("--progress", choices=("bar", "json"), default="bar", help="json: an object a line on stderr")
+    several = parser.add_argument_group("several: more than one run, and runs again")
+    several.add_argument("--from", dest="replay", metavar="VIDEO", help="every flag not given is as in this video")
+    several.add_argument("--batch", metavar="FILE", help="JSON objects, one a line: any flag here by its long name")
+    extend = parser.add_argument_group("prompts: a language model makes the prompt richer")
+    extend.add_argument("--use_prompt_extend", action="store_true", help="ask one; if it fails, the prompt stays")
+    extend.add_argument(
+        "--prompt_extend_method", choices=METHODS, default=METHODS[0], help="which service (%(default)s)"
+    )
+    extend.add_argument(
+        "--prompt_extend_model", metavar="NAME", help="its name there; a folder or Hub id for local_qwen"
+    )
+    extend.add_argument(
+        "--prompt_extend_target_lang", choices=LANGUAGES, default="zh", help="to write in (%(default)s)"
+    )
+    model = parser.add_argument_group("model: which one")
     model.add_argument("--task", help=f"which model it must be: {', '.join(TASKS)} (default: what --ckpt_dir holds)")
     model.add_argument(
         "--ckpt_dir", "--model", metavar="DIR", help="model folder or Hub id (default: the small embedded model)"
@@ -63,8 +94,15 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     model.add_argument("--dtype", choices=tuple(DTYPE_BYTES), help="of weights and products (default: by device)")
     add_lora_flags(model)
     model.add_argument("--fuse", action="store_true", help="add the LoRAs to the weights instead of beside them")
-    how = parser.add_argument_group("how (defaults: the model's own)")
-    how.add_argument("--base_seed", "--seed", type=int, default=-1, metavar="N", help="-1 for a random one")
+    how = parser.add_argument_group("sampling: how (defaults: the model's own)")
+    how.add_argument(
+        "--base_seed",
+        "--seed",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="of the noise; -1 for a random one (default); several make several videos",
+    )
     how.add_argument("--sample_solver", "--scheduler", choices=SOLVERS, help="the sampler")
     how.add_argument("--sample_steps", "--steps", type=int, metavar="N", help="denoising steps")
     how.add_argument("--sample_shift", "--shift", type=float, metavar="X", help="shift of the noise schedule")
@@ -81,7 +119,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         help="keep both experts of an A14B model in memory, instead of loading the second when its turn comes",
     )
     add_sharing_flags(parser)
-    old = parser.add_argument_group("accepted from the official script, without effect here")
+    old = parser.add_argument_group("official: accepted from that script, without effect here")
     old.add_argument("--offload_model", nargs="?", const=True, type=_boolean, metavar="BOOL", help="memory is shared")
     old.add_argument("--t5_cpu", action="store_true", help="memory is shared, and the text encoder freed after use")
     old.add_argument("--convert_model_dtype", action="store_true", help="weights are converted as they are loaded")
@@ -106,81 +144,216 @@ def _guidance(text: str) -> float | tuple[float, ...]:
 # --- the run -------------------------------------------------------------------------------------------------
 
 
-def run(args: argparse.Namespace) -> None:
-    """Check the request, make the video, and print where it is and what it took."""
-    _check_flags(args)
+@dataclass(frozen=True)
+class Job:
+    """One video to be made, every request of it checked. name: what tells it from others in messages."""
+
+    name: str
+    args: argparse.Namespace
+    checkpoint: "Checkpoint"
+    options: dict[str, Any]
+    path: Path
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check what is asked for, make each video and print where it is and what it took; 1 if one of several failed."""
     with together(args) as args.crew:
-        _generate(args, args.crew)
+        return _run(args)
 
 
-def _generate(args: argparse.Namespace, crew: Crew) -> None:
-    from mlx_wan.video import check_writable, read_image
+def _run(args: argparse.Namespace) -> int:
+    jobs, failed = _batch(args) if args.batch is not None else (_jobs(args, "", set()), 0)
+    single, pipelines = len(jobs) == 1 and args.batch is None, Pipelines()
+    for number, job in enumerate(jobs, start=1):
+        if report.is_json():
+            seed = job.options["seed"]
+            report.event("video", number=number, total=len(jobs), path=str(job.path), seed=seed, name=job.name)
+        try:
+            seconds = _make(job.args, job.checkpoint, job.options, job.path, pipelines)
+        except WanError as error:
+            if single:
+                raise
+            failed += 1
+            report.say("error", f"{job.name}: {error}")
+            continue
+        print(job.path)
+        print(f"seed {job.options['seed']}")
+        stages = ", ".join(f"{stage} {spent:.1f} s" for stage, spent in seconds.items())
+        print(f"{stages}, together {sum(seconds.values()):.1f} s")
+        print(f"peak memory {backend.peak_memory() / 2**30:.2f} GiB", flush=True)
+        if report.is_json():
+            report.event("saved", path=str(job.path), seconds=seconds, peak_memory_bytes=backend.peak_memory())
+    return 1 if failed else 0
+
+
+def _batch(args: argparse.Namespace) -> tuple[list[Job], int]:
+    """The jobs of a file of lines, all looked at before the first is made, and how many lines cannot be done."""
+    from mlx_wan.cli.batch import lines
+    from mlx_wan.cli.main import build
+
+    jobs: list[Job] = []
+    failed, taken = 0, set()
+    for name, line_args, problem in lines(args, build()[1]["generate"]):
+        try:
+            if line_args is None:
+                raise UserError(problem)
+            jobs += _jobs(line_args, name, taken)
+        except WanError as error:
+            failed += 1
+            report.say("error", f"{name}: {error}")
+    return jobs, failed
+
+
+def _jobs(args: argparse.Namespace, name: str, taken: set[Path]) -> list[Job]:
+    """A job for each seed. `taken` holds the files of earlier jobs, and gets those of these."""
+    if args.replay:
+        settings.fill(args)
+    _check_flags(args)
+    from mlx_wan.outputs import check_output
+    from mlx_wan.video import read_image
     from mlx_wan.weights.locate import locate
 
     image = read_image(args.image) if args.image else None
     last = read_image(args.last_frame) if args.last_frame else None
-    if args.save_file and crew.is_first:
-        check_writable(args.save_file)
+    wanted = output_path(args.save_file) if args.save_file else None
+    if wanted is not None and args.crew.is_first:
+        check_output(wanted, args.codec)
+    if args.preview is not None and args.crew.is_first and not Path(args.preview).is_dir():
+        raise UserError(f"--preview {args.preview}: no such folder; create it first")
     files = {part: getattr(args, part) for part in FILES}
     alone = not args.ckpt_dir and not any(files.values())
     checkpoint = locate("tiny" if alone else args.ckpt_dir, task=args.task, **files)
     _check_task(args.task, checkpoint)
     checkpoint.spec.check_pictures(image is not None, last is not None)
-    if alone:
+    if alone and not args.replay:
         _note("no --ckpt_dir: the small embedded model draws this (coloured shapes that move)")
-    options = _options(args, checkpoint, image) | ({} if last is None else {"last_image": last})
-    path = Path(args.save_file) if args.save_file else _free_name(args.prompt, checkpoint.spec.name, options)
-    options["seed"] = crew.same_seed(options["seed"], drawn=args.base_seed < 0)
-    loras = [lora.facts() for lora in parse_loras(args)]
-    crew.agree(checkpoint, {"prompt": args.prompt, "--dtype": args.dtype, "LoRAs": loras, **options})
-    if crew.is_first:
-        check_writable(path)
-    _check_memory(checkpoint, args.dtype, args.keep_both_experts, crew.parallel)
+    settings.compare(args, checkpoint)
+    seeds, loras = args.base_seed or [-1], [lora.facts() for lora in parse_loras(args)]
+    jobs = []
+    for seed in seeds:
+        one = copy.copy(args)
+        one.base_seed = seed
+        options: dict[str, Any] = _options(one, checkpoint, image) | ({} if last is None else {"last_image": last})
+        options["seed"] = args.crew.same_seed(options["seed"], drawn=seed < 0)
+        args.crew.agree(checkpoint, {"prompt": args.prompt, "--dtype": args.dtype, "LoRAs": loras, **options})
+        if wanted is None:
+            path = _free_name(args.prompt, checkpoint.spec.name, options, taken)
+        else:
+            path = wanted if len(seeds) == 1 else sibling(wanted, f"seed{options['seed']}")
+        if args.crew.is_first:
+            check_output(path, args.codec, options["num_frames"])
+        if path in taken:
+            raise UserError(f"{path}: is already the file of an earlier video of this command")
+        taken.add(path)
+        seed_name = f"seed {options['seed']}" if len(seeds) > 1 else ""
+        jobs.append(Job(" ".join(filter(None, (name, seed_name))), one, checkpoint, options, path))
+    _check_memory(checkpoint, args.dtype, args.keep_both_experts, args.crew.parallel)
     _check_loras(args, checkpoint)
     _say_what_is_pointless(args)
-    seconds = _make(args, checkpoint, options, path)
-    print(path)
-    print(f"seed {options['seed']}")
-    stages = ", ".join(f"{stage} {spent:.1f} s" for stage, spent in seconds.items())
-    print(f"{stages}, together {sum(seconds.values()):.1f} s")
-    print(f"peak memory {backend.peak_memory() / 2**30:.2f} GiB")
+    return jobs
 
 
-def _make(args: argparse.Namespace, checkpoint: "Checkpoint", options: dict[str, Any], path: Path) -> dict[str, float]:
-    """Load, generate and write, under one progress bar; returns the seconds each stage took."""
+class Pipelines:
+    """The pipeline of the last video, kept for as long as the next wants the same model, and the prompts extended."""
+
+    def __init__(self) -> None:
+        self._key: Any = None
+        self._pipe: WanPipeline | None = None
+        self._prompts: dict[Any, str] = {}
+
+    def get(self, args: argparse.Namespace, checkpoint: "Checkpoint") -> "WanPipeline":
+        """The pipeline for these flags, with its weights unless memory is short."""
+        files = [getattr(args, part) for part in FILES]
+        key = (args.ckpt_dir, *files, args.task, args.dtype, args.keep_both_experts, args.fuse, *parse_loras(args))
+        if self._pipe is None or key != self._key:
+            self._pipe = None  # the old one leaves before the new one comes
+            self._key, self._pipe = key, _load(args, checkpoint)
+        return self._pipe
+
+    def extended(self, args: argparse.Namespace) -> str:
+        """The prompt as a language model writes it, asked for once; the given one, with a note, if that fails."""
+        from mlx_wan.prompting.extend import extend
+
+        how = {
+            "method": args.prompt_extend_method,
+            "model": args.prompt_extend_model,
+            "language": args.prompt_extend_target_lang,
+            "image": args.image,
+        }
+        key = (args.prompt, *how.values())
+        if key not in self._prompts:
+            try:
+                self._prompts[key] = extend(args.prompt, **how)
+                _note(f"extended prompt: {self._prompts[key]}")
+            except WanError as error:
+                self._prompts[key] = args.prompt
+                _note(f"the prompt stays as it is, because it could not be extended: {error}")
+        return self._prompts[key]
+
+
+def _load(args: argparse.Namespace, checkpoint: "Checkpoint") -> "WanPipeline":
     import mlx.core as mx
 
     import mlx_wan
-    from mlx_wan.video import VideoWriter
+
+    mx.clear_cache()
+    dtype = getattr(mx, args.dtype) if args.dtype else None
+    both, parallel = args.keep_both_experts, args.crew.parallel
+    pipe = mlx_wan.WanPipeline.from_pretrained(checkpoint, dtype=dtype, keep_both_experts=both, parallel=parallel)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # _check_loras has said it
+        for lora in parse_loras(args):
+            pipe.load_lora_weights(lora.path, scale=lora.scale, expert=lora.expert)
+    if args.fuse:
+        pipe.fuse_lora()
+    if not pipe.low_memory:  # else each part is loaded in the stage that needs it
+        _ = pipe.text_encoder, pipe.vae, both and pipe.transformer_2, pipe.transformer
+    return pipe
+
+
+def _make(
+    args: argparse.Namespace, checkpoint: "Checkpoint", options: dict[str, Any], path: Path, pipelines: Pipelines
+) -> dict[str, float]:
+    """Load, generate and write, under one progress bar; returns the seconds each stage took."""
+    from mlx_wan.cli.steps import StepPictures
+    from mlx_wan.outputs import open_output, save_settings
 
     pieces = (options["num_frames"] - 1) // checkpoint.spec.vae_stride[0] + 1
-    with Progress(options["num_inference_steps"], pieces) as progress:
+    args = _extend_prompt(args, pipelines) if args.use_prompt_extend else args
+    shown = JsonProgress if report.is_json() else Progress
+    with shown(options["num_inference_steps"], pieces) as progress:
         progress.stage("load")
-        dtype = getattr(mx, args.dtype) if args.dtype else None
-        both, parallel = args.keep_both_experts, args.crew.parallel
-        pipe = mlx_wan.WanPipeline.from_pretrained(checkpoint, dtype=dtype, keep_both_experts=both, parallel=parallel)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # _check_loras has said it
-            for lora in parse_loras(args):
-                pipe.load_lora_weights(lora.path, scale=lora.scale, expert=lora.expert)
-        if args.fuse:
-            pipe.fuse_lora()
-        if not pipe.low_memory:  # else each part is loaded in the stage that needs it
-            _ = pipe.text_encoder, pipe.vae, args.keep_both_experts and pipe.transformer_2, pipe.transformer
+        pipe = pipelines.get(args, checkpoint)
+        is_first = args.crew.is_first
+        previews = StepPictures(Path(args.preview), path, pipe) if args.preview and is_first else None
         events = pipe.stream(args.prompt, **options)
-        metadata = _facts(args, checkpoint, options, str(pipe.dtype))
+        fps, dtype = args.fps or checkpoint.spec.fps, str(pipe.dtype).removeprefix("mlx.core.")
+        facts = settings.facts(args, checkpoint, options, **args.extended, fps=fps, dtype=dtype)
         with contextlib.ExitStack() as stack:
-            writer = None
-            if args.crew.is_first:
-                writer = stack.enter_context(VideoWriter(path, args.fps or checkpoint.spec.fps, metadata=metadata))
+            writer = stack.enter_context(open_output(path, fps, args.codec, facts)) if is_first else None
+            if writer is not None:
                 args.crew.on_stop(writer.discard)
             progress.stage("text")
             for event in events:
+                if event.stage == "denoise" and previews:
+                    previews.write(event.index, event.value)
                 _follow(event, progress, writer, with_image=args.image is not None)
+        if args.save_settings and is_first:
+            save_settings(settings_path(path), facts)
     return progress.seconds
 
 
-def _follow(event: "Event", progress: Progress, writer: "VideoWriter | None", with_image: bool) -> None:
+def _extend_prompt(args: argparse.Namespace, pipelines: Pipelines) -> argparse.Namespace:
+    """These flags with an extended prompt, and what of that is to be kept in the video."""
+    prompt = args.crew.from_first(pipelines.extended(args) if args.crew.is_first else args.prompt)
+    if prompt == args.prompt:
+        return args
+    how = {"method": args.prompt_extend_method, "model": args.prompt_extend_model}
+    kept = {"given_prompt": args.prompt, "prompt_extend": how | {"target_lang": args.prompt_extend_target_lang}}
+    return argparse.Namespace(**vars(args) | {"prompt": prompt, "extended": kept})
+
+
+def _follow(event: "Event", progress: Progress, writer: "Writer | None", with_image: bool) -> None:
     """An event says what is finished: show what comes next, and write frames as they come."""
     if event.stage == "text" and event.index == event.total:
         progress.stage("image" if with_image else "denoise")
@@ -200,9 +373,15 @@ def _follow(event: "Event", progress: Progress, writer: "VideoWriter | None", wi
 
 def _check_flags(args: argparse.Namespace) -> None:
     """What can be judged without knowing the model."""
+    if args.prompt is None:
+        raise UserError("the following arguments are required: --prompt (see mlx-wan generate --help)")
     for flag in ("image", "last_frame", "save_file", "ckpt_dir", *FILES):
         if getattr(args, flag) == "":  # an unset variable of a script: no reason to do something else silently
             raise UserError(f"--{flag} is empty; give a name, or leave the flag out")
+    if args.use_prompt_extend:
+        from mlx_wan.prompting.extend import check
+
+        check(args.prompt_extend_method, args.prompt_extend_model, args.prompt, args.image)
     loras = parse_loras(args)
     if args.fuse and not loras:
         raise UserError("--fuse: there is no --lora to fuse")
@@ -218,8 +397,9 @@ def _check_flags(args: argparse.Namespace) -> None:
         raise UserError(f"--sample_guide_scale {args.sample_guide_scale}: must be a number")
     if args.fps is not None and not 1 <= args.fps <= 240:
         raise UserError(f"--fps {args.fps:g}: must be 1 to 240")
-    if args.base_seed > LARGEST_SEED:
-        raise UserError(f"--base_seed {args.base_seed}: must be at most {LARGEST_SEED}")
+    for seed in args.base_seed or ():
+        if seed > LARGEST_SEED:
+            raise UserError(f"--base_seed {seed}: must be at most {LARGEST_SEED}")
 
 
 def _check_task(task: str | None, checkpoint: "Checkpoint") -> None:
@@ -265,7 +445,7 @@ def _size(args: argparse.Namespace, checkpoint: "Checkpoint", image: Any) -> tup
     if spec.sizes and (width, height) not in spec.sizes:
         trained = " and ".join(f"{w}*{h}" for w, h in spec.sizes)
         _note(f"the model was trained for {trained}; {width}*{height} may look worse")
-    if image is not None:
+    if image is not None and not args.exact_size:
         from mlx_wan.conditioning import SIZE_RULES
 
         return SIZE_RULES[spec.task](image.width, image.height, step_w, step_h, width * height)
@@ -282,14 +462,18 @@ def _parse_size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def _free_name(prompt: str, model: str, options: dict[str, Any]) -> Path:
-    """A name in the current folder that tells what the video is and is not taken yet."""
+def _free_name(prompt: str, model: str, options: dict[str, Any], taken: "set[Path] | None" = None) -> Path:
+    """A name in the current folder that tells what the video is, is not there yet and not among `taken`.
+
+    One frame is a picture.
+    """
     words = re.sub(r"[^\w-]+", "_", prompt)[:50].strip("_") or "video"
     stem = f"{model}_{options['width']}x{options['height']}_{words}_{time.strftime('%Y%m%d_%H%M%S')}"
-    path, number = Path(f"{stem}.mp4"), 1
-    while path.exists():
+    suffix = ".png" if options["num_frames"] == 1 else ".mp4"
+    path, number = Path(f"{stem}{suffix}"), 1
+    while path.exists() or path in (taken or ()):
         number += 1
-        path = Path(f"{stem}_{number}.mp4")
+        path = Path(f"{stem}_{number}{suffix}")
     return path
 
 
@@ -340,26 +524,9 @@ def _weight_bytes(part: "Component", size: int) -> int:
     return sum(math.prod(info.shape) * size if "float" in info.dtype else info.nbytes for info in part.tensors.values())
 
 
-def _facts(args: argparse.Namespace, checkpoint: "Checkpoint", options: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """What is stored in the video: all that is needed to make it again."""
-    import mlx_wan
-
-    files = {"image": args.image, "last_image": args.last_frame}
-    picture = {name: Path(file).name for name, file in files.items() if file}
-    settings = {name: value for name, value in options.items() if name not in files}
-    if loras := parse_loras(args):
-        settings["loras"] = [lora.facts() for lora in loras]
-    model = {"model": checkpoint.spec.name, "dtype": dtype.removeprefix("mlx.core.")}
-    return {"prompt": args.prompt, **picture, **settings, **model, "mlx_wan": mlx_wan.__version__}
-
-
 def _say_what_is_pointless(args: argparse.Namespace) -> None:
     given = [f"--{flag}" for flag in ("t5_cpu", "convert_model_dtype") if getattr(args, flag)]
     if args.offload_model is not None:
         given.insert(0, "--offload_model")
     if given:
         _note(f"{', '.join(given)}: no effect here, because CPU and GPU share their memory")
-
-
-def _note(text: str) -> None:
-    print(f"note: {text}", file=sys.stderr)

@@ -1,20 +1,28 @@
-"""`mlx-wan info`: versions, device, BLAS and memory of this machine, for people and for bug reports."""
+"""`mlx-wan info`: this machine's versions, device, BLAS and memory; `mlx-wan info VIDEO`: how a video was made."""
 
 import argparse
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 from mlx_wan import backend
+from mlx_wan.errors import UserError
+
+SUMMARY = "what this machine and installation offer, or how a video was made"
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
-    parser = commands.add_parser("info", help="what this machine and installation offer")
+    parser = commands.add_parser("info", help=SUMMARY, description=SUMMARY)
+    parser.add_argument("video", nargs="?", metavar="VIDEO", help="a video, picture, folder of frames or .json of ours")
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
 
 def run(args: argparse.Namespace) -> None:
+    if args.video is not None:
+        _describe(args.video, args.json)
+        return
     backend.check_setting()
     facts = backend.facts()
     if args.json:
@@ -24,6 +32,20 @@ def run(args: argparse.Namespace) -> None:
     for advice in (facts["wheel conflict"], facts["blas"]["hint"]):
         if advice:
             print(f"hint: {advice}", file=sys.stderr)
+
+
+def _describe(name: str, as_json: bool) -> None:
+    from mlx_wan.outputs import read_settings
+
+    settings = read_settings(Path(name))
+    if settings is None:
+        raise UserError(f"{name}: carries no settings of mlx-wan")
+    if as_json:
+        print(json.dumps(settings, indent=2, ensure_ascii=False))
+        return
+    width = max(map(len, settings))
+    for key, value in settings.items():
+        print(f"{key:<{width}} {value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}")
 
 
 def _print(facts: dict[str, Any]) -> None:

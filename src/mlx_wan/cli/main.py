@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import difflib
+import itertools
 import os
 import signal
 import sys
@@ -13,7 +14,9 @@ from typing import Any, NoReturn
 
 import mlx_wan
 from mlx_wan import backend
-from mlx_wan.errors import WanError
+from mlx_wan.cli import help as screens
+from mlx_wan.cli import report
+from mlx_wan.errors import UserError, WanError
 
 # Each module offers add_parser(subparsers) -> parser, and run(args) -> exit code or None for 0. Importing one must
 # stay cheap: whatever is heavy is imported inside run.
@@ -26,23 +29,27 @@ COMMANDS = {
     "evaluate": "mlx_wan.cli.evaluate",
     "scenes": "mlx_wan.cli.scenes",
     "info": "mlx_wan.cli.info",
+    "completion": "mlx_wan.cli.completion",
 }
 COMPUTING = ("generate", "train", "evaluate")  # these get the hint about a missing BLAS
 EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED, EXIT_BROKEN_PIPE = 1, 2, 130, 141
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with full flag names only, and errors of one line that suggest the flag that was meant."""
+    """argparse with full flag names only, help by groups, and errors that suggest the flag that was meant."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+        super().__init__(
+            *args, **{"allow_abbrev": False, "add_help": False, "formatter_class": screens.Formatter, **kwargs}
+        )
+        self.add_argument("-h", "--help", action=screens.HelpAction)
 
     def error(self, message: str) -> NoReturn:
         unknown = message.removeprefix("unrecognized arguments: ").split()[0]
         if message.startswith("unrecognized") and unknown.startswith("-"):
             close = difflib.get_close_matches(unknown.split("=")[0], _flags(self), n=1)
             message = f"unknown flag {unknown}" + (f", did you mean {close[0]}?" if close else "")
-        self.exit(EXIT_USAGE, f"error: {message} (see {self.prog} --help)\n")
+        raise UserError(f"{message} (see {self.prog} --help)")
 
 
 def door(command: str) -> NoReturn:
@@ -54,23 +61,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code: 0 done, 1 failed, 2 the user's mistake, 130 Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
+    report.use_json("--progress=json" in arguments or ("--progress", "json") in itertools.pairwise(arguments))
     try:
         with _terminate_cleanly():
             return _run(arguments)
-    except SystemExit as stop:  # argparse, for --help and usage errors
+    except SystemExit as stop:  # argparse, for --help and --version
         return stop.code if isinstance(stop.code, int) else EXIT_FAILED
     except KeyboardInterrupt:
-        return _failed(EXIT_STOPPED, "stopped", debug)
+        return _failed(EXIT_STOPPED, "stopped", debug, kind="stopped")
     except WanError as error:
-        return _failed(error.exit_code, f"error: {error}", debug)
+        return _failed(error.exit_code, str(error), debug)
     except BrokenPipeError:  # the reader (`| head`) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
     except MemoryError:
-        return _failed(EXIT_FAILED, "error: out of memory; try fewer frames or a smaller size", debug)
+        return _failed(EXIT_FAILED, "out of memory; try fewer frames or a smaller size", debug)
     except Exception as error:
         what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        return _failed(EXIT_FAILED, f"error: {what} (add --debug to see where)", debug)
+        return _failed(EXIT_FAILED, f"{what} (add --debug to see where)", debug)
 
 
 def _run(arguments: list[str]) -> int:
@@ -83,8 +91,8 @@ def _run(arguments: list[str]) -> int:
 
 
 def parse(arguments: Sequence[str]) -> tuple[str, argparse.Namespace]:
-    """The command and its options, without running it; SystemExit as argparse does for --help and mistakes."""
-    parser, parsers = _build()
+    """The command and its options, without running it; SystemExit for --help, UserError for mistakes."""
+    parser, parsers = build()
     name, rest = _split(list(arguments))
     if name not in parsers:
         # No command, an unknown one, or -h: argparse knows what to say, and exits.
@@ -98,10 +106,11 @@ def _check_backend() -> None:
     backend.check_setting()
     for advice in (backend.wheel_conflict(), backend.prepare().hint):
         if advice:
-            print(f"hint: {advice}", file=sys.stderr)
+            report.say("hint", advice)
 
 
-def _build() -> tuple[Parser, dict[str, Parser]]:
+def build() -> tuple[Parser, dict[str, Parser]]:
+    """The parser of `mlx-wan`, and those of its commands."""
     parser = Parser(prog="mlx-wan", description="Wan2.2 video generation and training on MLX")
     parser.add_argument("--version", action="version", version=f"mlx-wan {mlx_wan.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -155,12 +164,17 @@ def _terminate_cleanly() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
-def _failed(code: int, message: str, debug: bool) -> int:
+def _failed(code: int, message: str, debug: bool, kind: str = "error") -> int:
     if debug:
         import traceback
 
         traceback.print_exc()
-    print(" ".join(message.split()), file=sys.stderr)
+    if report.is_json():
+        report.event(kind, message=" ".join(message.split()), exit_code=code)
+    elif kind == "error":
+        report.say(kind, message)
+    else:
+        print(message, file=sys.stderr)
     return code
 
 

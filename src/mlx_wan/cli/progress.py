@@ -7,6 +7,8 @@ from types import TracebackType
 
 from tqdm import tqdm
 
+from mlx_wan.cli.report import event
+
 # What one piece of decoded video costs in denoising steps, until the first piece has been timed.
 PIECE_COST = 0.06
 
@@ -107,6 +109,29 @@ class Progress:
         """Keep the clock moving during steps that take minutes."""
         while not self._finished.wait(1.0):
             self._bar.set_postfix_str(self._words(), refresh=True)
+
+
+class JsonProgress(Progress):
+    """The same for programs: a JSON object a line (docs/outputs.md) instead of the bar."""
+
+    def __enter__(self) -> "JsonProgress":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._end_stage()
+
+    def stage(self, name: str) -> None:
+        self._end_stage()
+        self._stage_name = name
+        event("stage", stage=name)
+
+    def _advance(self, units: float) -> None:
+        self._last_event = time.perf_counter()
+        left = self.time_left()
+        done = {"step": self._steps_done, "steps": self._steps, "piece": self._pieces_done, "pieces": self._pieces}
+        event("progress", **done, seconds_left=None if left is None else round(left, 1))
 
 
 def duration(seconds: float) -> str:

@@ -23,7 +23,7 @@ LONGEST = 60  # characters of a value in a message
 
 def add_sharing_flags(parser: argparse.ArgumentParser) -> None:
     """The official flags of several GPUs, and one for guidance."""
-    group = parser.add_argument_group("several processes, started by mlx.launch (docs/distributed.md)")
+    group = parser.add_argument_group("processes: several for one video, started by mlx.launch (docs/distributed.md)")
     group.add_argument("--ulysses_size", type=int, default=1, metavar="N", help="processes that share the tokens")
     group.add_argument(
         "--cfg_parallel", action="store_true", help="the two passes of guidance at once, half of the processes each"
@@ -47,11 +47,15 @@ class Crew:
 
     def same_seed(self, seed: Any, drawn: bool) -> int:
         """The first process's if it was drawn by each, else what was given."""
-        if self.world is None or not drawn:
-            return seed
+        return int(self.from_first(str(seed))) if drawn else seed
+
+    def from_first(self, text: str) -> str:
+        """The text that the first process has."""
+        if self.world is None:
+            return text
         from mlx_wan.parallel.guard import tell
 
-        return int(tell(self.world, str(seed))[0])
+        return tell(self.world, text)[0]
 
     def agree(self, checkpoint: "Checkpoint", values: dict[str, Any]) -> None:
         """UserError, in all processes, if one was given another model or another value."""
