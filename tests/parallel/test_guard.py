@@ -26,10 +26,11 @@ def test_all_others_end_and_name_the_rank(fate, tmp_path):
         assert processes[rank].wait(timeout=30) == 1
     processes[1].kill()
     for rank in (0, 2):
-        errors = processes[rank].communicate()[1].splitlines()
-        said = [line for line in errors if not line.startswith("[ring]")]  # what MLX itself says on lost connections
+        errors = processes[rank].communicate()[1]  # MLX itself writes of lost connections, in fragments, in between
+        assert "Traceback" not in errors
+        said = [line for line in errors.splitlines() if "error:" in line]
         assert len(said) == 1, errors
-        assert said[0].startswith(WHY[fate])
+        assert said[0].startswith(WHY[fate]), errors
     assert not unfinished.exists()
 
 

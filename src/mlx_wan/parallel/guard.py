@@ -180,7 +180,8 @@ class Guard:
     def _end(self, why: str) -> NoReturn:
         for function in self._clean_up:
             function()
-        sys.__stderr__.write(f"error: {why}; all other ranks stop, and nothing was written\n")  # type: ignore[union-attr]
+        # A new line: a progress bar, or what MLX says of lost connections, may have left one unfinished.
+        sys.__stderr__.write(f"\nerror: {why}; all other ranks stop, and nothing was written\n")  # type: ignore[union-attr]
         sys.__stderr__.flush()  # type: ignore[union-attr]
         os._exit(1)
 
