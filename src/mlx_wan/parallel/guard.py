@@ -10,12 +10,10 @@ import json
 import os
 import secrets
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import NoReturn
 
 import mlx.core as mx
 import numpy as np
@@ -69,7 +67,7 @@ class Guard:
         self._rank, self._size = world.rank(), world.size()
         self._links: dict[int, socket.socket] = {}  # other rank -> connection: to rank 0, or of rank 0 to all
         self._clean_up: list[Callable[[], None]] = []
-        self._lock, self._ended = threading.Lock(), threading.Event()
+        self._lock, self._ended, self._ending = threading.Lock(), threading.Event(), threading.Lock()
         self.hosts: list[str] = []
 
     def on_stop(self, function: Callable[[], None]) -> None:
@@ -177,12 +175,16 @@ class Guard:
             self._say(f"stop {why}")  # rank 0 tells all; the others know it from rank 0
             self._end(why)
 
-    def _end(self, why: str) -> NoReturn:
+    def _end(self, why: str) -> None:
+        if not self._ending.acquire(blocking=False):
+            return  # another thread is at it
         for function in self._clean_up:
-            function()
-        # A new line: a progress bar, or what MLX says of lost connections, may have left one unfinished.
-        sys.__stderr__.write(f"\nerror: {why}; all other ranks stop, and nothing was written\n")  # type: ignore[union-attr]
-        sys.__stderr__.flush()  # type: ignore[union-attr]
+            with contextlib.suppress(OSError):
+                function()
+        # A new line: a progress bar, or what MLX says of lost connections, may have left one unfinished. Written past
+        # sys.stderr, which the main thread may be busy with, or done with.
+        with contextlib.suppress(OSError):
+            os.write(2, f"\nerror: {why}; all other ranks stop, and nothing was written\n".encode())
         os._exit(1)
 
     def _name(self, rank: int) -> str:
