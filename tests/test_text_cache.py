@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 import mlx_wan
-from mlx_wan import pipeline
 from mlx_wan.cli.main import main
 from mlx_wan.errors import UserError
+from mlx_wan.parallel.plan import Parallel
 
 RUN = {"width": 64, "height": 32, "num_frames": 5, "num_inference_steps": 2, "seed": 1}
 
@@ -31,7 +31,7 @@ def open_pipe(model, tmp_path):
 def test_a_prompt_that_comes_again_needs_no_encoder(open_pipe, monkeypatch, tmp_path):
     first = open_pipe()("a cat", **RUN).frames
     assert len(list((tmp_path / "texts").iterdir())) == 2  # the negative prompt too
-    monkeypatch.setattr(pipeline, "load_text_encoder", lambda *_: pytest.fail("the encoder is loaded"))
+    monkeypatch.setattr(Parallel, "load_text_encoder", lambda *_: pytest.fail("the encoder is loaded"))
     again = open_pipe()("a cat", **RUN).frames
     assert np.array_equal(first, again)
     with pytest.raises(pytest.fail.Exception):
@@ -63,7 +63,7 @@ def test_the_command_line_keeps_them_too(model, tmp_path, monkeypatch):
     size = ["--size", "64*32", "--frame_num", "5", "--steps", "1", "--ckpt_dir", str(model)]
     line = ["generate", "--prompt", "a cat", *size, "--text_cache", str(tmp_path / "texts"), "-o"]
     assert main([*line, str(tmp_path / "a.mp4")]) == 0
-    monkeypatch.setattr(pipeline, "load_text_encoder", lambda *_: pytest.fail("the encoder is loaded"))
+    monkeypatch.setattr(Parallel, "load_text_encoder", lambda *_: pytest.fail("the encoder is loaded"))
     assert main([*line, str(tmp_path / "b.mp4")]) == 0
 
 
