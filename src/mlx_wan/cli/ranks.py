@@ -62,8 +62,8 @@ class Crew:
         if self.world is None or self.guard is None:
             return
         import mlx_wan
+        from mlx_wan.fingerprint import model_fingerprint
         from mlx_wan.parallel.guard import check_agreement
-        from mlx_wan.parallel.world import model_fingerprint
 
         facts = {"version of mlx-wan": mlx_wan.__version__, "model": model_fingerprint(checkpoint)}
         facts |= {name: _short(value) for name, value in values.items()}

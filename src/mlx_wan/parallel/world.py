@@ -1,6 +1,5 @@
-"""Meeting the other ranks, and what must be the same in all of them before the work begins."""
+"""Meeting the other ranks."""
 
-import hashlib
 import os
 import subprocess
 import sys
@@ -9,9 +8,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_wan.errors import UserError
-from mlx_wan.weights.checkpoint import Checkpoint
 
-WHOLE, BLOCKS, BLOCK = 2**26, 256, 2**16  # of a fingerprint, in bytes
 MEETING = 30.0  # seconds in which all ranks must have come
 # What launchers set for the processes they start: mlx.launch for ring, JACCL and NCCL, mpirun of two families.
 LAUNCHED = ("MLX_RANK", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
@@ -48,27 +45,3 @@ def meet(seconds: float = MEETING) -> mx.distributed.Group:
         raise UserError(f"the processes cannot be connected: {error}") from None
     finally:
         watch.communicate()  # closes its input, which is the sign
-
-
-def model_fingerprint(checkpoint: Checkpoint) -> str:
-    """A short hash of a checkpoint's config.json, its tensors' names, shapes and types, and some of its files' bytes.
-
-    Files up to `WHOLE` bytes are read whole, of larger ones `BLOCKS` blocks: a moment, and enough to tell apart two
-    models of one shape, but not to find a damaged byte.
-    """
-    digest = hashlib.sha256(repr(sorted(checkpoint.config.items())).encode())
-    files = set()
-    for name, part in sorted(checkpoint.parts.items()):
-        for info in sorted(part.tensors.values(), key=lambda info: info.name):
-            digest.update(f"{name} {info.name} {info.shape} {info.stored}".encode())
-            files.add(info.file)
-    for path in sorted(files):
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            if size <= WHOLE:
-                digest.update(file.read())
-                continue
-            for block in range(BLOCKS):
-                file.seek((size - BLOCK) * block // (BLOCKS - 1))
-                digest.update(file.read(BLOCK))
-    return digest.hexdigest()[:16]
