@@ -41,6 +41,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     out.add_argument("--progress", choices=("bar", "json"), default="bar", help="json: an object a line on stderr")
     several = parser.add_argument_group("several: more than one run, and runs again")
     several.add_argument("--from", dest="replay", metavar="VIDEO", help="every flag not given is as in this video")
+    several.add_argument("--save_every", type=int, metavar="N", help="keep the run beside the video every N steps")
+    several.add_argument("--resume", metavar="FILE", help="go on with a run that --save_every has kept")
     several.add_argument("--batch", metavar="FILE", help="JSON objects, one a line: any flag here by its long name")
     extend = parser.add_argument_group("prompts: a language model makes the prompt richer")
     extend.add_argument("--use_prompt_extend", action="store_true", help="ask one; if it fails, the prompt stays")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_wan import backend
-from mlx_wan.cli import report, settings
+from mlx_wan.cli import report, resume, settings
 from mlx_wan.cli.flags import DTYPE_BYTES, FILES, TASKS, add_flags
 from mlx_wan.cli.fuse import parse_loras
 from mlx_wan.cli.progress import JsonProgress, Progress
@@ -40,7 +40,7 @@ LARGEST_SEED = 2**63 - 1
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser = commands.add_parser("generate", help=SUMMARY, description=SUMMARY)
-    parser.set_defaults(recorded=None, exact_size=False, extended={})  # what settings.fill finds in a video
+    parser.set_defaults(recorded=None, exact_size=False, extended={}, places={})  # what settings.fill finds in a video
     add_flags(parser)
     return parser
 
@@ -110,7 +110,9 @@ def _batch(args: argparse.Namespace) -> tuple[list[Job], int]:
 
 def _jobs(args: argparse.Namespace, name: str, taken: set[Path]) -> list[Job]:
     """A job for each seed. `taken` holds the files of earlier jobs, and gets those of these."""
-    if args.replay:
+    if args.resume is not None:
+        resume.fill(args)
+    elif args.replay:
         settings.fill(args)
     _check_flags(args)
     from mlx_wan.outputs import check_output
@@ -140,6 +142,8 @@ def _jobs(args: argparse.Namespace, name: str, taken: set[Path]) -> list[Job]:
         options: dict[str, Any] = _options(one, checkpoint, image) | ({} if last is None else {"last_image": last})
         options["seed"] = args.crew.same_seed(options["seed"], drawn=seed < 0)
         args.crew.agree(checkpoint, {"prompt": args.prompt, "--dtype": args.dtype, "LoRAs": loras, **options})
+        if args.resume:
+            resume.check(args, _facts(one, checkpoint, options))
         if wanted is None:
             path = _free_name(args.prompt, checkpoint.spec.name, options, taken)
         else:
@@ -227,26 +231,39 @@ def _make(
     pieces = (options["num_frames"] - 1) // checkpoint.spec.vae_stride[0] + 1
     args = _extend_prompt(args, pipelines) if args.use_prompt_extend else args
     shown = JsonProgress if report.is_json() else Progress
-    with shown(options["num_inference_steps"], pieces) as progress:
+    start = resume.point(args, options)
+    with shown(options["num_inference_steps"], pieces, start.step if start else 0) as progress:
         progress.stage("load")
         pipe = pipelines.get(args, checkpoint)
         is_first = args.crew.is_first
         previews = StepPictures(Path(args.preview), path, pipe) if args.preview and is_first else None
-        events = pipe.stream(args.prompt, **options)
-        fps, dtype = args.fps or checkpoint.spec.fps, str(pipe.dtype).removeprefix("mlx.core.")
-        facts = settings.facts(args, checkpoint, options, **args.extended, fps=fps, dtype=dtype)
+        events = pipe.stream(args.prompt, **options, start=start)
+        facts = _facts(args, checkpoint, options)
         with contextlib.ExitStack() as stack:
-            writer = stack.enter_context(open_output(path, fps, args.codec, facts)) if is_first else None
+            keeper = None
+            if args.save_every and is_first:
+                kept = resume.record(args, facts)
+                keeper = stack.enter_context(resume.Keeper(path, args.save_every, options["num_inference_steps"], kept))
+            writer = stack.enter_context(open_output(path, facts["fps"], args.codec, facts)) if is_first else None
             if writer is not None:
                 args.crew.on_stop(writer.discard)
             progress.stage("text")
             for event in events:
+                if event.point is not None and keeper is not None:
+                    keeper.saw(event.point)
                 if event.stage == "denoise" and previews:
                     previews.write(event.index, event.value)
                 _follow(event, progress, writer, with_image=args.image is not None)
         if args.save_settings and is_first:
             save_settings(settings_path(path), facts)
     return progress.seconds
+
+
+def _facts(args: argparse.Namespace, checkpoint: "Checkpoint", options: dict[str, Any]) -> dict[str, Any]:
+    """What the video will carry."""
+    fps = args.fps or checkpoint.spec.fps
+    dtype = args.dtype or str(backend.default_dtype()).removeprefix("mlx.core.")
+    return settings.facts(args, checkpoint, options, **args.extended, fps=fps, dtype=dtype)
 
 
 def _extend_prompt(args: argparse.Namespace, pipelines: Pipelines) -> argparse.Namespace:
@@ -281,6 +298,8 @@ def _check_flags(args: argparse.Namespace) -> None:
     """What can be judged without knowing the model."""
     if args.prompt is None:
         raise UserError("the following arguments are required: --prompt (see mlx-wan generate --help)")
+    if args.save_every is not None and args.save_every < 1:
+        raise UserError(f"--save_every {args.save_every}: must be at least 1")
     for flag in ("image", "last_frame", "save_file", "ckpt_dir", "text_cache", *FILES):
         if getattr(args, flag) == "":  # an unset variable of a script: no reason to do something else silently
             raise UserError(f"--{flag} is empty; give a name, or leave the flag out")

@@ -44,12 +44,12 @@ def is_whole(path: Path) -> bool:
             if length > path.stat().st_size:
                 return False
             header = json.loads(file.read(length))
-            metadata = header.pop("__metadata__", {})
+            metadata = header.pop("__metadata__", None) or {}
             ends = [entry["data_offsets"][1] for entry in header.values()]
             if path.stat().st_size != 8 + length + max(ends, default=0):
                 return False
             return "crc32" not in metadata or int(metadata["crc32"]) == _file_checksum(file, header, 8 + length)
-    except (OSError, struct.error, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, struct.error, ValueError, TypeError, LookupError, AttributeError, RecursionError):
         return False
 
 
