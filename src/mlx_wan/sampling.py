@@ -30,8 +30,8 @@ class Condition:
     """What is known of the video besides the text.
 
     Attributes:
-        first_frame: (B, 1, h, w, C) normalised latent of a picture: it replaces the first latent frame before and
-            after every step, and its tokens have timestep 0 (official `WanTI2V.i2v`).
+        first_frame: (B, 1, h, w, C) normalised latent of a picture, or more latent frames: they replace the first
+            ones before and after every step, and their tokens have timestep 0 (official `WanTI2V.i2v`, which has one).
         image: (B, m, image_dim) embeddings of pictures, for transformers that take them.
         channels: (B, t, h, w, ·) put beside the latents' channels whenever the transformer is asked (official
             `WanI2V`).
@@ -120,7 +120,7 @@ def denoise(
         if condition.first_frame is None:
             timesteps = timesteps[:, :1]
         else:
-            timesteps[:, 0] = 0
+            timesteps[:, : condition.first_frame.shape[1]] = 0
         inputs = latents if condition.channels is None else mx.concatenate([latents, condition.channels], axis=-1)
         velocity = guided_velocity(expert_at(t), inputs, timesteps, context, negative_context, condition.image, passes)
         latents, state = scheduler.step(velocity, latents, state)
@@ -147,4 +147,4 @@ def _check(latents: mx.array, step: int, steps: int) -> None:
 def _with_first(latents: mx.array, first_frame: mx.array | None) -> mx.array:
     if first_frame is None:
         return latents
-    return mx.concatenate([first_frame.astype(latents.dtype), latents[:, 1:]], axis=1)
+    return mx.concatenate([first_frame.astype(latents.dtype), latents[:, first_frame.shape[1] :]], axis=1)

@@ -25,8 +25,11 @@ FLAGS: dict[str, tuple[str, type | tuple[type, ...]]] = {
     "seed": ("base_seed", int),
     "fps": ("fps", NUMBER),
     "dtype": ("dtype", str),
+    "extend": ("extend", int),
+    "overlap": ("overlap", int),
 }
-FILES = {"image": "image", "last_image": "last_frame"}  # pictures: in the video by name and fingerprint
+# Pictures, and a video that goes on: in the video by name and fingerprint.
+FILES = {"image": "image", "last_image": "last_frame", "video": "extend_from"}
 PARTS = (
     "transformer",
     "transformer_2",
