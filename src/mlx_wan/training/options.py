@@ -61,7 +61,7 @@ class FinetuneRecipe:
     ema_decay: float = _option(0.0, "of a moving average of the trained weights, which is then saved; 0: none")
     grad_checkpoint: bool = _option(False, "compute blocks twice, to keep less in memory")
     dtype: str | None = _option(None, "of computing: float32, bfloat16 or float16; trained weights are float32")
-    compile: bool | None = _option(None, "one compiled step for each bucket; on a GPU unless told otherwise")
+    compile: bool | None = _option(None, "one compiled step for each bucket; on Metal unless told otherwise")
     seed: int = _option(0, "of weights, order and noise")
     spike_factor: float = _option(10.0, "stop if a loss is so many times the running mean; 0: never")
 

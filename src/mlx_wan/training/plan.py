@@ -164,7 +164,7 @@ def resolve(recipe: FinetuneRecipe, checkpoint: Checkpoint) -> FinetuneRecipe:
         shift=recipe.shift or spec.shift,
         preview_steps=recipe.preview_steps or spec.num_inference_steps,
         dtype=recipe.dtype or str(device).removeprefix("mlx.core."),
-        compile=mx.default_device() == mx.gpu if recipe.compile is None else recipe.compile,
+        compile=_compiles_fast() if recipe.compile is None else recipe.compile,
         cache=recipe.cache or str((data if data.is_dir() else data.parent) / ".mlx-wan-cache"),
     )
     step_w, step_h = checkpoint.size_steps
@@ -174,6 +174,11 @@ def resolve(recipe: FinetuneRecipe, checkpoint: Checkpoint) -> FinetuneRecipe:
     if wrong := [length for length in recipe.num_frames if length % stride != 1 % stride]:
         raise UserError(f"num_frames is {wrong[0]}; it must be {stride}n+1, such as {spec.num_frames}")
     return recipe
+
+
+def _compiles_fast() -> bool:
+    """Not on the CPU, where it gains nothing, nor on CUDA, where a whole step takes minutes (docs/benchmarks.md)."""
+    return mx.default_device() == mx.gpu and not mx.cuda.is_available()
 
 
 def known(value: Number | None) -> Number:
