@@ -462,21 +462,16 @@ class WanPipeline:
 
     def _known_frames(self, request: _Request) -> Condition:
         """Pictures as I2V and FLF2V models see them: as a video with grey frames, and some as image tokens."""
-        from mlx_wan.conditioning import cropped, known_frames, stretched_frame
+        from mlx_wan.conditioning import cropped, image_tokens, known_channels, stretched_frame
 
         size, step = (request.width, request.height), min(self.checkpoint.size_steps)
         pictures = {place: cropped(picture, *size, step) for place, picture in request.pictures.items()}
         frames = {place: stretched_frame(picture, *size) for place, picture in pictures.items()}
-        video, mask = known_frames(frames, request.num_frames, self.checkpoint.vae_config.stride[0])
-        encoded = self.vae.encode(mx.array(video))
-        mask = mx.broadcast_to(mx.array(mask), (*encoded.shape[:-1], mask.shape[-1]))
-        channels, image = mx.concatenate([mask, encoded], axis=-1), None
+        stride = self.checkpoint.vae_config.stride[0]
+        channels, image = known_channels(frames, request.num_frames, stride, self.vae.encode), None
         if self.image_encoder is not None:
-            side = self.image_encoder.config.image_size
             ends = [picture for place, picture in pictures.items() if place in (0, request.num_frames - 1)]
-            squares = np.concatenate([stretched_frame(picture, side, side)[0] for picture in ends])
-            image = self.image_encoder(mx.array(squares))
-            image = image.reshape(1, -1, image.shape[-1])
+            image = image_tokens(ends, self.image_encoder.config.image_size, self.image_encoder)
         mx.eval(channels, image)
         return Condition(channels=channels, image=image)
 
