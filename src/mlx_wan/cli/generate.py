@@ -29,7 +29,7 @@ from mlx_wan.prompting import LANGUAGES, METHODS
 from mlx_wan.zoo import MODELS
 
 if TYPE_CHECKING:
-    from mlx_wan.outputs import Writer
+    from mlx_wan.outputs import Behind
     from mlx_wan.parallel.plan import Parallel
     from mlx_wan.pipeline import Event, WanPipeline
     from mlx_wan.weights.checkpoint import Checkpoint, Component
@@ -323,7 +323,7 @@ def _make(
 ) -> dict[str, float]:
     """Load, generate and write, under one progress bar; returns the seconds each stage took."""
     from mlx_wan.cli.steps import StepPictures
-    from mlx_wan.outputs import open_output, save_settings
+    from mlx_wan.outputs import Behind, open_output, save_settings
 
     pieces = (options["num_frames"] - 1) // checkpoint.spec.vae_stride[0] + 1
     args = _extend_prompt(args, pipelines) if args.use_prompt_extend else args
@@ -337,14 +337,16 @@ def _make(
         fps, dtype = args.fps or checkpoint.spec.fps, str(pipe.dtype).removeprefix("mlx.core.")
         facts = settings.facts(args, checkpoint, options, **args.extended, fps=fps, dtype=dtype)
         with contextlib.ExitStack() as stack:
-            writer = stack.enter_context(open_output(path, fps, args.codec, facts)) if is_first else None
-            if writer is not None:
+            behind = None
+            if is_first:
+                writer = stack.enter_context(open_output(path, fps, args.codec, facts))
                 args.crew.on_stop(writer.discard)
+                behind = stack.enter_context(Behind(writer))
             progress.stage("text")
             for event in events:
                 if event.stage == "denoise" and previews:
                     previews.write(event.index, event.value)
-                _follow(event, progress, writer, with_image=args.image is not None)
+                _follow(event, progress, behind, with_image=args.image is not None)
         if args.save_settings and is_first:
             save_settings(settings_path(path), facts)
     return progress.seconds
@@ -360,7 +362,7 @@ def _extend_prompt(args: argparse.Namespace, pipelines: Pipelines) -> argparse.N
     return argparse.Namespace(**vars(args) | {"prompt": prompt, "extended": kept})
 
 
-def _follow(event: "Event", progress: Progress, writer: "Writer | None", with_image: bool) -> None:
+def _follow(event: "Event", progress: Progress, writer: "Behind | None", with_image: bool) -> None:
     """An event says what is finished: show what comes next, and write frames as they come."""
     if event.stage == "text" and event.index == event.total:
         progress.stage("image" if with_image else "denoise")
