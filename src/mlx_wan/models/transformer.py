@@ -167,8 +167,9 @@ class ImageCrossAttention(Attention):
         """x: (B, L, C), context: (B, n, C), image: (B, m, C), all in self.dtype."""
         q, (k, v) = self.normed(self.norm_q, self.q(x)), self.keys_and_values(context)
         k_img = self.normed(self.norm_k_img, self.k_img(image))
-        text = attend(q, k, v, self.num_heads, self.scale)
-        return self.o(text + attend(q, k_img, self.v_img(image), self.num_heads, self.scale))
+        text = attend(q, k, v, self.num_heads, self.scale, in_pieces=self.in_pieces)
+        image = attend(q, k_img, self.v_img(image), self.num_heads, self.scale, in_pieces=self.in_pieces)
+        return self.o(text + image)
 
 
 class ImageEmbedding(nn.Module):
@@ -363,6 +364,10 @@ class WanTransformer(nn.Module):
     def save_memory(self, on: bool) -> None:
         """For training: every block, and within it the scores of attention, is computed again instead of kept."""
         self.checkpointing = on
+        self.attend_in_pieces(on)
+
+    def attend_in_pieces(self, on: bool) -> None:
+        """For training: the gradient of attention makes its scores again, see `attend`."""
         for block in self.blocks:
             block.self_attn.in_pieces = block.cross_attn.in_pieces = on
 

@@ -49,7 +49,7 @@ class Parallel:
                 "--cfg_parallel, must be as many as there are"
             )
         group, member = divmod(self.rank, ulysses_size)
-        everybody = Team(world)
+        self._everybody = everybody = Team(world)
         self._tokens = Team(world, range(group * ulysses_size, (group + 1) * ulysses_size))
         self._passes = Team(world, range(member, self.size, ulysses_size))
         self._transformer = Spread(everybody) if dit_fsdp and self.size > 1 else None
@@ -59,6 +59,10 @@ class Parallel:
     def is_first(self) -> bool:
         """Whether this process decodes, writes and prints."""
         return self.rank == 0
+
+    def from_first(self, array: mx.array) -> mx.array:
+        """The array that the first process has, to the bit; the others give one of its shape and type."""
+        return self._everybody.all_gather(array)[0]
 
     @property
     def share_of_transformer(self) -> float:
