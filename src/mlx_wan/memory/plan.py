@@ -306,7 +306,7 @@ def _tokens_work(config: ImageEncoderConfig, pictures: int, dtype: mx.Dtype, dev
 
 
 def _denoise_work(model: Dimensions, setting: Setting, device: str) -> int:
-    config = replace(model.transformer, num_layers=min(model.transformer.num_layers, LAYERS))
+    config = replace(model.transformer, num_layers=1)  # each block is finished before the next begins
     latents = _latents(model.vae, setting)
     known = mx.zeros((*latents.shape[:-1], config.in_dim - latents.shape[-1]))
     context = mx.zeros((1, config.text_len, config.text_dim), setting.dtype)
@@ -317,7 +317,8 @@ def _denoise_work(model: Dimensions, setting: Setting, device: str) -> int:
         inputs.append(mx.zeros((1, setting.pictures * model.image_encoder.num_tokens, config.image_dim), setting.dtype))
     module = WanTransformer(config, setting.dtype)
     named = _parameters(module, "transformer", model.quantization, setting.dtype)
-    held = LATENTS_HELD * latents.nbytes + 2 * known.nbytes + 2 * context.nbytes
+    texts = 2 * 2 * model.transformer.num_layers * config.text_len * config.dim * setting.dtype.size  # keys, values
+    held = LATENTS_HELD * latents.nbytes + 2 * known.nbytes + 2 * context.nbytes + texts
     return held + _module_peak(module, named, inputs, device)
 
 
