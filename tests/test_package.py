@@ -37,7 +37,7 @@ with contextlib.redirect_stdout(io.StringIO()): main({arguments})
 """
 
 
-@pytest.mark.parametrize("command", [[], ["generate"], ["plan"], ["info"]], ids=str)
+@pytest.mark.parametrize("command", [[], ["generate"], ["bench"], ["plan"], ["info"]], ids=str)
 def test_help_loads_nothing_heavy(command):
     """Start-up is counted, not timed: no package of others, no slow corner of Python, no other command."""
     loaded = modules_after(HELP.format(arguments=[*command, "--help"]))

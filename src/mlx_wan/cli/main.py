@@ -29,10 +29,11 @@ COMMANDS = {
     "train": "mlx_wan.cli.train",
     "evaluate": "mlx_wan.cli.evaluate",
     "scenes": "mlx_wan.cli.scenes",
+    "bench": "mlx_wan.cli.bench",
     "info": "mlx_wan.cli.info",
     "completion": "mlx_wan.cli.completion",
 }
-COMPUTING = ("generate", "train", "evaluate")  # these get the hint about a missing BLAS
+COMPUTING = ("generate", "train", "evaluate", "bench")  # these get the hint about a missing BLAS
 EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED, EXIT_BROKEN_PIPE = 1, 2, 130, 141
 
 
