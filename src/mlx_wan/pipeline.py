@@ -107,7 +107,9 @@ class WanPipeline:
         self.checkpoint, self.dtype, self.low_memory = checkpoint, dtype, low_memory
         self.keep_both_experts, self.parallel = keep_both_experts, parallel
         spec = checkpoint.spec
-        self.scheduler = make_scheduler(spec.scheduler, spec.num_inference_steps, spec.shift)
+        self.scheduler = make_scheduler(
+            spec.scheduler, spec.num_inference_steps, spec.shift, spec.check_timesteps(None, None, None)
+        )
         self.tokenizer = Tokenizer(checkpoint.tokenizer, checkpoint.transformer_config.text_len)
         self._transformers: dict[str, WanTransformer] = {}
         self._adapters = Adapters()
@@ -239,6 +241,7 @@ class WanPipeline:
         output_type: Literal["np", "latent"] = "np",
         callback: Callable[[int, int, mx.array], None] | None = None,
         last_image: "Image.Image | str | Path | None" = None,
+        timesteps: Sequence[float] | None = None,
     ) -> PipelineOutput:
         """Makes a video. What is None is the model's own default (`spec`).
 
@@ -254,12 +257,13 @@ class WanPipeline:
             guidance_scale: 1 is no guidance, and half the work. With two experts one for both, or a pair (low noise,
                 high noise).
             shift: of the noise schedule.
-            scheduler: "unipc", "dpm++" or "euler".
+            scheduler: "unipc", "dpm++", "euler", or "dmd" for models distilled to a few steps.
             seed: of the noise, 0 to 2**64 - 1; None draws one.
             latents: the noise to start from (1, t, h, w, C), MLX or NumPy, instead of a seed.
             output_type: "latent" leaves the latents undecoded.
             callback: called with (step, steps, latents) after each step, steps counted from 1.
             last_image: the last frame, as `image`; FLF2V models need one, I2V-A14B takes one.
+            timesteps: those to take, falling from at most 1000, in place of num_inference_steps and shift.
 
         Raises:
             UserError: a value that the model cannot take.
@@ -281,6 +285,7 @@ class WanPipeline:
             seed,
             latents,
             last_image,
+            timesteps,
         )
         result, pieces = request.noise, []
         for event in self._run(request, decode=output_type == "np"):
@@ -294,14 +299,14 @@ class WanPipeline:
         return PipelineOutput(frames, result, request.seed, self.spec.fps)
 
     def stream(self, prompt: str, **options: Any) -> Iterator[Event]:
-        """Makes a video as `__call__` does, with its arguments from image to latents and last_image, and yields each
+        """Makes a video as `__call__` does, with its arguments but output_type and callback, and yields each
         `Event`.
 
         Frames come in pieces as they are decoded, so that no more than a piece of the video is in memory. The request
         is checked at once, not at the first event.
         """
         names = ("image", "negative_prompt", "width", "height", "num_frames", "num_inference_steps")
-        names += ("guidance_scale", "shift", "scheduler", "seed", "latents", "last_image")
+        names += ("guidance_scale", "shift", "scheduler", "seed", "latents", "last_image", "timesteps")
         unknown = sorted(options.keys() - set(names))
         if unknown:
             raise TypeError(f"stream() got an unexpected keyword argument {unknown[0]!r}")
@@ -416,7 +421,8 @@ class WanPipeline:
     def _encode_texts(self, request: _Request) -> Generator[Event, None, tuple[mx.array, mx.array]]:
         context = self._padded(self.encode_prompt(request.prompt))
         yield Event("text", 1, 2)
-        negative = self._padded(self.encode_prompt(request.negative_prompt))
+        guided = request.guidance_scale != (1, 1)
+        negative = self._padded(self.encode_prompt(request.negative_prompt)) if guided else context  # which is not read
         yield Event("text", 2, 2)
         if self.low_memory:
             self._text_encoder = None
@@ -481,6 +487,7 @@ class WanPipeline:
         seed: int | None,
         latents: mx.array | None,
         last_image: "Image.Image | str | Path | None" = None,
+        timesteps: Sequence[float] | None = None,
     ) -> _Request:
         spec = self.spec
         picture, last = _open(image), _open(last_image)
@@ -490,11 +497,16 @@ class WanPipeline:
         pictures = {place: p for place, p in ((0, picture), (num_frames - 1, last)) if p is not None}
         if last is not None and num_frames == 1:
             raise UserError("num_frames is 1; a first and a last frame need more")
+        scheduler = _or(scheduler, spec.scheduler)
+        if scheduler == "dmd" and seed is None:
+            seed = secrets.randbelow(2**32)  # of the noise between the steps, if not of the first
         noise, seed = _noise(latents, _whole("seed", seed), self._latent_shape(width, height, num_frames))
         self.scheduler = make_scheduler(
-            _or(scheduler, spec.scheduler),
+            scheduler,
             _or(num_inference_steps, spec.num_inference_steps),
             _or(shift, spec.shift_for(width, height)),
+            spec.check_timesteps(timesteps, num_inference_steps, shift),
+            seed or 0,
         )
         return _Request(
             _text("prompt", prompt),

@@ -38,7 +38,7 @@ SUMMARY = "make a video from a prompt, or from a prompt and a picture"
 TASKS = tuple(name for name, spec in MODELS.items() if spec.hub_id)
 OTHER_TASKS = ("animate-14B", "s2v-14B")
 FILES = settings.PARTS
-SOLVERS = ("unipc", "dpm++", "euler")
+SOLVERS = ("unipc", "dpm++", "euler", "dmd")
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 LARGEST_SEED = 2**63 - 1
 
@@ -106,6 +106,13 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     )
     how.add_argument("--sample_solver", "--scheduler", choices=SOLVERS, help="the sampler")
     how.add_argument("--sample_steps", "--steps", type=int, metavar="N", help="denoising steps")
+    how.add_argument(
+        "--sample_timesteps",
+        "--timesteps",
+        type=_numbers,
+        metavar="T,T,...",
+        help="these timesteps instead of steps and shift, such as 1000,757,522",
+    )
     how.add_argument("--sample_shift", "--shift", type=float, metavar="X", help="shift of the noise schedule")
     how.add_argument(
         "--sample_guide_scale",
@@ -138,11 +145,15 @@ def _boolean(text: str) -> bool:
     return words[text.lower()]
 
 
-def _guidance(text: str) -> float | tuple[float, ...]:
+def _numbers(text: str) -> tuple[float, ...]:
     try:
-        numbers = tuple(float(number) for number in text.split(","))
+        return tuple(float(number) for number in text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number, or two with a comma between them") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number, or some with commas between them") from None
+
+
+def _guidance(text: str) -> float | tuple[float, ...]:
+    numbers = _numbers(text)
     return numbers[0] if len(numbers) == 1 else numbers
 
 
@@ -420,6 +431,8 @@ def _check_task(task: str | None, checkpoint: "Checkpoint") -> None:
 
 def _options(args: argparse.Namespace, checkpoint: "Checkpoint", image: Any) -> dict[str, Any]:
     """The pipeline's arguments, with the model's own values where nothing was asked for."""
+    from mlx_wan.schedulers import make_scheduler
+
     spec = checkpoint.spec
     width, height = _size(args, checkpoint, image)
     frames = spec.num_frames if args.frame_num is None else args.frame_num
@@ -429,16 +442,24 @@ def _options(args: argparse.Namespace, checkpoint: "Checkpoint", image: Any) -> 
     if frames < 1 or (frames - 1) % stride:
         near = max(round((frames - 1) / stride), 0) * stride + 1
         raise UserError(f"--frame_num {frames}: must be {stride}n+1, for instance {near}")
+    timesteps = spec.check_timesteps(args.sample_timesteps, args.sample_steps, args.sample_shift)
+    levels = {
+        "num_inference_steps": args.sample_steps or spec.num_inference_steps,
+        "shift": args.sample_shift or spec.shift_for(width, height),
+    }
+    if timesteps is not None:
+        levels = {"num_inference_steps": len(timesteps), "timesteps": timesteps}
+    solver = args.sample_solver or spec.scheduler
+    make_scheduler(solver, levels["num_inference_steps"], levels.get("shift", 1.0), timesteps)
     return {
         "image": image,
         "negative_prompt": spec.negative_prompt if args.negative_prompt is None else args.negative_prompt,
         "width": width,
         "height": height,
         "num_frames": frames,
-        "num_inference_steps": args.sample_steps or spec.num_inference_steps,
         "guidance_scale": guidance,
-        "shift": args.sample_shift or spec.shift_for(width, height),
-        "scheduler": args.sample_solver or spec.scheduler,
+        **levels,
+        "scheduler": solver,
         "seed": secrets.randbelow(2**32) if args.base_seed < 0 else args.base_seed,
     }
 
