@@ -186,7 +186,7 @@ def few_step_run(task: str) -> Iterator[Pair]:
     noise = mx.array(small.few_step_input("latents"))
     steps = denoise(lambda _: Expert(model, 1.0), sampler, noise, context, context, Condition(first_frame=first))
     for i, (got, want) in enumerate(zip(steps, golden("few_steps")[f"{task}/latents"], strict=True)):
-        yield f"latents after step {i + 1}", np.array(got)[0], want
+        yield f"latents after step {i + 1}", np.array(got.latents)[0], want
 
 
 def few_step_experts() -> tuple[list[Pair], list[bool]]:
@@ -201,7 +201,9 @@ def few_step_experts() -> tuple[list[Pair], list[bool]]:
     noise = mx.array(small.few_step_input("latents", 16))
     steps = denoise(expert_at, make_scheduler("euler", 4, 5.0), noise, few_step_context(), few_step_context())
     wanted = golden("few_steps")["experts/latents"]
-    pairs = [(f"step {i + 1}", np.array(x)[0], want) for i, (x, want) in enumerate(zip(steps, wanted, strict=True))]
+    pairs = [
+        (f"step {i + 1}", np.array(x.latents)[0], want) for i, (x, want) in enumerate(zip(steps, wanted, strict=True))
+    ]
     return pairs, used
 
 
@@ -233,7 +235,7 @@ def run(task: str, solver: str) -> Iterator[Pair]:
         Condition(first_frame=first),
     )
     latents = None
-    for i, (latents, want) in enumerate(zip(steps, stored[f"{task}/{solver}/latents"], strict=True)):
+    for i, ((_, latents, _), want) in enumerate(zip(steps, stored[f"{task}/{solver}/latents"], strict=True)):
         yield f"latents after step {i + 1}", np.array(latents)[0], want
     yield "frames", np.array(vae.decode(latents))[0, :, ::4, ::4], stored[f"{task}/{solver}/frames"]
 

@@ -26,7 +26,7 @@ class Model:
 def run(model, scheduler, guidance=1.0, **condition):
     expert, noise = Expert(model, guidance), initial_noise(SHAPE, 1)
     steps = denoise(lambda _: expert, scheduler, noise, CONTEXT, NEGATIVE, Condition(**condition))
-    return [np.array(latents) for latents in steps]
+    return [np.array(point.latents) for point in steps]
 
 
 def test_noise_depends_on_the_seed_alone():

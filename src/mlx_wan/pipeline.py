@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -19,7 +19,8 @@ from mlx_wan.models.clip import ImageEncoder
 from mlx_wan.models.transformer import WanTransformer
 from mlx_wan.models.umt5 import UMT5Encoder
 from mlx_wan.parallel.plan import ALONE, Parallel
-from mlx_wan.sampling import Condition, Expert, denoise, initial_noise
+from mlx_wan.request import checked_start, noise_for, open_picture, or_default, text, whole
+from mlx_wan.sampling import Condition, Expert, Point, denoise
 from mlx_wan.schedulers import Scheduler, make_scheduler
 from mlx_wan.schedulers.flow import TRAIN_TIMESTEPS
 from mlx_wan.text import Tokenizer, clean_prompt
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
 
 OUTPUT_TYPES = ("np", "latent")
 DTYPES = (mx.float32, mx.bfloat16, mx.float16)
-Value = TypeVar("Value")
 
 
 class Event(NamedTuple):
@@ -45,13 +45,14 @@ class Event(NamedTuple):
 
     stage: "text", "image", "denoise", "frames" or "latents". index, total: how far that stage is, counted from 1.
     value: for "denoise" and "latents" normalised latents (1, t, h, w, C); for "frames" the next piece of the video,
-    uint8 (n, H, W, 3); else None.
+    uint8 (n, H, W, 3); else None. point: for "denoise", what `start=` takes to go on from there.
     """
 
     stage: str
     index: int
     total: int
     value: Any = None
+    point: Point | None = None
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class _Request:
     guidance_scale: tuple[float, float]  # low noise, high noise
     scheduler: Scheduler
     seed: int | None
-    noise: mx.array
+    start: mx.array | Point  # noise, or where an earlier run stood
 
 
 class WanPipeline:
@@ -241,6 +242,7 @@ class WanPipeline:
         output_type: Literal["np", "latent"] = "np",
         callback: Callable[[int, int, mx.array], None] | None = None,
         last_image: "Image.Image | str | Path | None" = None,
+        start: Point | None = None,
         timesteps: Sequence[float] | None = None,
     ) -> PipelineOutput:
         """Makes a video. What is None is the model's own default (`spec`).
@@ -263,6 +265,8 @@ class WanPipeline:
             output_type: "latent" leaves the latents undecoded.
             callback: called with (step, steps, latents) after each step, steps counted from 1.
             last_image: the last frame, as `image`; FLF2V models need one, I2V-A14B takes one.
+            start: where an earlier run with the same arguments stood (`Event.point`, `resume.load_point`): the rest of
+                it is made, bit for bit.
             timesteps: those to take, falling from at most 1000, in place of num_inference_steps and shift.
 
         Raises:
@@ -285,9 +289,10 @@ class WanPipeline:
             seed,
             latents,
             last_image,
+            start,
             timesteps,
         )
-        result, pieces = request.noise, []
+        result, pieces = None, []
         for event in self._run(request, decode=output_type == "np"):
             if event.stage == "denoise" and callback is not None:
                 callback(event.index, event.total, event.value)
@@ -295,6 +300,7 @@ class WanPipeline:
                 result = event.value
             elif event.stage == "frames":
                 pieces.append(event.value)
+        assert result is not None  # every run has that event
         frames = np.concatenate(pieces) if pieces else None
         return PipelineOutput(frames, result, request.seed, self.spec.fps)
 
@@ -306,7 +312,7 @@ class WanPipeline:
         is checked at once, not at the first event.
         """
         names = ("image", "negative_prompt", "width", "height", "num_frames", "num_inference_steps")
-        names += ("guidance_scale", "shift", "scheduler", "seed", "latents", "last_image", "timesteps")
+        names += ("guidance_scale", "shift", "scheduler", "seed", "latents", "last_image", "start", "timesteps")
         unknown = sorted(options.keys() - set(names))
         if unknown:
             raise TypeError(f"stream() got an unexpected keyword argument {unknown[0]!r}")
@@ -390,18 +396,20 @@ class WanPipeline:
     def _run(self, request: _Request, decode: bool) -> Iterator[Event]:
         context, negative = yield from self._encode_texts(request)
         condition = yield from self._encode_image(request)
-        total, latents = len(request.scheduler.timesteps), request.noise
+        total = len(request.scheduler.timesteps)
+        latents = request.start.latents if isinstance(request.start, Point) else request.start
         steps = denoise(
             lambda t: self._expert_at(t, request.guidance_scale),
             request.scheduler,
-            request.noise,
+            request.start,
             context,
             negative,
             condition,
             self.parallel.passes,
         )
-        for index, latents in enumerate(steps, start=1):
-            yield Event("denoise", index, total, latents)
+        for point in steps:
+            latents = point.latents
+            yield Event("denoise", point.step, total, latents, point)
         if self.low_memory:
             self._release_transformers()  # the generator kept none
         yield Event("latents", 1, 1, latents)
@@ -487,35 +495,37 @@ class WanPipeline:
         seed: int | None,
         latents: mx.array | None,
         last_image: "Image.Image | str | Path | None" = None,
+        start: Point | None = None,
         timesteps: Sequence[float] | None = None,
     ) -> _Request:
         spec = self.spec
-        picture, last = _open(image), _open(last_image)
+        picture, last = open_picture(image), open_picture(last_image)
         spec.check_pictures(picture is not None, last is not None)
-        width, height = self._size(_whole("width", width), _whole("height", height), picture)
-        num_frames = _or(_whole("num_frames", num_frames), spec.num_frames)
+        width, height = self._size(whole("width", width), whole("height", height), picture)
+        num_frames = or_default(whole("num_frames", num_frames), spec.num_frames)
         pictures = {place: p for place, p in ((0, picture), (num_frames - 1, last)) if p is not None}
         if last is not None and num_frames == 1:
             raise UserError("num_frames is 1; a first and a last frame need more")
-        scheduler = _or(scheduler, spec.scheduler)
-        if scheduler == "dmd" and seed is None:
+        solver, seed = or_default(scheduler, spec.scheduler), whole("seed", seed)
+        if solver == "dmd" and seed is None:
             seed = secrets.randbelow(2**32)  # of the noise between the steps, if not of the first
-        noise, seed = _noise(latents, _whole("seed", seed), self._latent_shape(width, height, num_frames))
+        shape = self._latent_shape(width, height, num_frames)
+        noise, seed = noise_for(latents, seed, shape) if start is None else (checked_start(start, latents, shape), seed)
         self.scheduler = make_scheduler(
-            scheduler,
-            _or(num_inference_steps, spec.num_inference_steps),
-            _or(shift, spec.shift_for(width, height)),
+            solver,
+            or_default(num_inference_steps, spec.num_inference_steps),
+            or_default(shift, spec.shift_for(width, height)),
             spec.check_timesteps(timesteps, num_inference_steps, shift),
             seed or 0,
         )
         return _Request(
-            _text("prompt", prompt),
+            text("prompt", prompt),
             pictures,
-            _text("negative_prompt", _or(negative_prompt, spec.negative_prompt)),
+            text("negative_prompt", or_default(negative_prompt, spec.negative_prompt)),
             width,
             height,
             num_frames,
-            spec.check_guidance(_or(guidance_scale, spec.guidance_scale)),
+            spec.check_guidance(or_default(guidance_scale, spec.guidance_scale)),
             self.scheduler,
             seed,
             noise,
@@ -542,53 +552,6 @@ class WanPipeline:
             raise UserError(f"num_frames is {num_frames}; it must be {stride_t}n+1, such as {self.spec.num_frames}")
         frames = (num_frames - 1) // stride_t + 1
         return 1, frames, height // stride_h, width // stride_w, self.checkpoint.vae_config.z_dim
-
-
-def _open(image: "Image.Image | str | Path | None") -> "Image.Image | None":
-    if isinstance(image, str | Path):
-        from mlx_wan.video import read_image
-
-        return read_image(image)
-    if image is None:
-        return None
-    from PIL import Image
-
-    if not isinstance(image, Image.Image):
-        raise UserError(f"image is a {type(image).__name__}; give a file name or a PIL image")
-    from mlx_wan.video import to_rgb
-
-    return to_rgb(image)
-
-
-def _or(value: Value | None, default: Value) -> Value:
-    return default if value is None else value
-
-
-def _text(name: str, value: str) -> str:
-    if not isinstance(value, str):
-        raise UserError(f"{name} is a {type(value).__name__}; it must be a string (one video a call)")
-    return value
-
-
-def _whole(name: str, value: int | None) -> int | None:
-    if value is None:
-        return None
-    if not isinstance(value, int | np.integer) or not 0 <= value < 2**64:
-        raise UserError(f"{name} is {value!r}; it must be a whole number, not negative")
-    return int(value)
-
-
-def _noise(latents: mx.array | None, seed: int | None, shape: tuple[int, ...]) -> tuple[mx.array, int | None]:
-    """Noise of `shape`, float32, and its seed: drawn, or given and found to be finite."""
-    if latents is None:
-        seed = secrets.randbelow(2**32) if seed is None else seed
-        return initial_noise(shape, seed), seed
-    latents = mx.array(latents, dtype=mx.float32)
-    if latents.shape != shape:
-        raise UserError(f"latents are {latents.shape}; this size and number of frames need {shape}")
-    if not mx.isfinite(latents).all().item():
-        raise UserError("latents hold NaN or infinite values; they must be noise of mean 0 and variance 1")
-    return latents, seed
 
 
 def _check_piece(piece: mx.array, latents: mx.array, index: int) -> None:

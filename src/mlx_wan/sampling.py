@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -40,6 +40,17 @@ class Condition:
     first_frame: mx.array | None = None
     channels: mx.array | None = None
     image: mx.array | None = None
+
+
+class Point(NamedTuple):
+    """Where a run stands: with it, the rest of the run follows from what the run was given.
+
+    step: steps taken. latents: (B, t, h, w, C) normalised. state: the scheduler's.
+    """
+
+    step: int
+    latents: mx.array
+    state: Any
 
 
 # (velocity for a context, context, negative context) -> both velocities
@@ -83,26 +94,28 @@ def guided_velocity(
 def denoise(
     expert_at: Callable[[float], Expert],
     scheduler: Scheduler,
-    noise: mx.array,
+    start: mx.array | Point,
     context: mx.array,
     negative_context: mx.array,
     condition: Condition = Condition(),
     passes: Passes = one_after_the_other,
-) -> Generator[mx.array, None, None]:
-    """Yields the latents after each step, evaluated and found finite; the last are the result.
+) -> Generator[Point, None, None]:
+    """Yields the point after each step, its latents evaluated and found finite; the last are the result.
 
     Args:
         expert_at: the expert for a timestep. It is asked once a step, and nothing else here keeps what it returns: a
             model may leave memory when another takes over.
-        noise: (B, t, h, w, C), float32.
+        start: noise (B, t, h, w, C), float32; or the point of an earlier run to go on from.
         context, negative_context: (B, text_len, text_dim), zeros after the text.
         passes: how the two velocities of guidance come about.
 
     Raises WanError when a step gives values that are not finite, or all the same.
     """
-    batch, frames = noise.shape[:2]
-    latents, state = _with_first(noise, condition.first_frame), scheduler.init()
-    for step, t in enumerate(scheduler.timesteps.tolist()):
+    if not isinstance(start, Point):
+        start = Point(0, _with_first(start, condition.first_frame), scheduler.init())
+    done, latents, state = start
+    batch, frames = latents.shape[:2]
+    for step, t in enumerate(scheduler.timesteps.tolist()[done:], start=done + 1):
         timesteps = mx.full((batch, frames), t, dtype=mx.float32)
         if condition.first_frame is None:
             timesteps = timesteps[:, :1]
@@ -113,8 +126,8 @@ def denoise(
         latents, state = scheduler.step(velocity, latents, state)
         latents = _with_first(latents, condition.first_frame)
         mx.eval(latents)
-        _check(latents, step + 1, len(scheduler.timesteps))
-        yield latents
+        _check(latents, step, len(scheduler.timesteps))
+        yield Point(step, latents, state)
 
 
 def _check(latents: mx.array, step: int, steps: int) -> None:

@@ -41,6 +41,11 @@ class Crew:
     guard: "Guard | None" = None
 
     @property
+    def size(self) -> int:
+        """How many there are."""
+        return 1 if self.world is None else self.world.size()
+
+    @property
     def is_first(self) -> bool:
         """Whether this process writes and prints."""
         return self.parallel.is_first
@@ -56,6 +61,14 @@ class Crew:
         from mlx_wan.parallel.guard import tell
 
         return tell(self.world, text)[0]
+
+    def array_from_first(self, array: "mx.array") -> "mx.array":
+        """The array that the first process has, to the bit; the others give one of its shape and type."""
+        if self.world is None:
+            return array
+        import mlx.core as mx
+
+        return mx.distributed.all_gather(array[None], group=self.world)[0]
 
     def agree(self, checkpoint: "Checkpoint", values: dict[str, Any]) -> None:
         """UserError, in all processes, if one was given another model or another value."""
