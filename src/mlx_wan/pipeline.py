@@ -19,10 +19,11 @@ from mlx_wan.models.clip import ImageEncoder
 from mlx_wan.models.transformer import WanTransformer
 from mlx_wan.models.umt5 import UMT5Encoder
 from mlx_wan.parallel.plan import ALONE, Parallel
-from mlx_wan.request import checked_start, noise_for, open_picture, or_default, text, whole
+from mlx_wan.request import checked_interval, checked_start, noise_for, open_picture, or_default, text, whole
 from mlx_wan.sampling import Condition, Expert, Point, denoise
 from mlx_wan.schedulers import Scheduler, make_scheduler
 from mlx_wan.schedulers.flow import TRAIN_TIMESTEPS
+from mlx_wan.step_cache import StepCache
 from mlx_wan.text import Tokenizer, clean_prompt
 from mlx_wan.text_cache import TextCache
 from mlx_wan.weights.load import (
@@ -80,6 +81,8 @@ class _Request:
     scheduler: Scheduler
     seed: int | None
     start: mx.array | Point  # noise, or where an earlier run stood
+    cache: StepCache | None
+    guidance_interval: tuple[float, float]  # noise levels
 
 
 class WanPipeline:
@@ -244,6 +247,8 @@ class WanPipeline:
         last_image: "Image.Image | str | Path | None" = None,
         start: Point | None = None,
         timesteps: Sequence[float] | None = None,
+        cache: float | None = None,
+        guidance_interval: Sequence[float] | None = None,
     ) -> PipelineOutput:
         """Makes a video. What is None is the model's own default (`spec`).
 
@@ -268,6 +273,9 @@ class WanPipeline:
             start: where an earlier run with the same arguments stood (`Event.point`, `resume.load_point`): the rest of
                 it is made, bit for bit.
             timesteps: those to take, falling from at most 1000, in place of num_inference_steps and shift.
+            cache: a step whose velocity is expected to differ by less than this from the last one computed takes that
+                instead, 0.1 for 10 %; None computes every step.
+            guidance_interval: (low, high), the noise levels from 0 to 1 between which there is guidance; None: all.
 
         Raises:
             UserError: a value that the model cannot take.
@@ -291,6 +299,8 @@ class WanPipeline:
             last_image,
             start,
             timesteps,
+            cache,
+            guidance_interval,
         )
         result, pieces = None, []
         for event in self._run(request, decode=output_type == "np"):
@@ -313,6 +323,7 @@ class WanPipeline:
         """
         names = ("image", "negative_prompt", "width", "height", "num_frames", "num_inference_steps")
         names += ("guidance_scale", "shift", "scheduler", "seed", "latents", "last_image", "start", "timesteps")
+        names += ("cache", "guidance_interval")
         unknown = sorted(options.keys() - set(names))
         if unknown:
             raise TypeError(f"stream() got an unexpected keyword argument {unknown[0]!r}")
@@ -399,13 +410,14 @@ class WanPipeline:
         total = len(request.scheduler.timesteps)
         latents = request.start.latents if isinstance(request.start, Point) else request.start
         steps = denoise(
-            lambda t: self._expert_at(t, request.guidance_scale),
+            lambda t: self._expert_at(t, request),
             request.scheduler,
             request.start,
             context,
             negative,
             condition,
             self.parallel.passes,
+            request.cache,
         )
         for point in steps:
             latents = point.latents
@@ -418,13 +430,13 @@ class WanPipeline:
                 _check_piece(piece, latents[:, index - 1], index)
                 yield Event("frames", index, latents.shape[1], to_uint8(piece[0]))
 
-    def _expert_at(self, timestep: float, guidance_scale: tuple[float, float]) -> Expert:
+    def _expert_at(self, timestep: float, request: _Request) -> Expert:
         """The transformer for a timestep. They fall, so that two experts change places once in a run."""
-        low, high = guidance_scale
-        boundary = self.spec.boundary
-        if boundary is None or timestep >= boundary * TRAIN_TIMESTEPS:
-            return Expert(self._load_transformer("transformer"), high)
-        return Expert(self._load_transformer("transformer_2"), low)
+        boundary, (least, most) = self.spec.boundary, request.guidance_interval
+        number = 0 if boundary is None or timestep >= boundary * TRAIN_TIMESTEPS else 1
+        guided = least <= timestep / TRAIN_TIMESTEPS <= most
+        scale = request.guidance_scale[1 - number] if guided else 1.0  # (low noise, high noise)
+        return Expert(self._load_transformer(("transformer", "transformer_2")[number]), scale, number)
 
     def _encode_texts(self, request: _Request) -> Generator[Event, None, tuple[mx.array, mx.array]]:
         context = self._padded(self.encode_prompt(request.prompt))
@@ -497,6 +509,8 @@ class WanPipeline:
         last_image: "Image.Image | str | Path | None" = None,
         start: Point | None = None,
         timesteps: Sequence[float] | None = None,
+        cache: float | None = None,
+        guidance_interval: Sequence[float] | None = None,
     ) -> _Request:
         spec = self.spec
         picture, last = open_picture(image), open_picture(last_image)
@@ -507,6 +521,8 @@ class WanPipeline:
         if last is not None and num_frames == 1:
             raise UserError("num_frames is 1; a first and a last frame need more")
         solver, seed = or_default(scheduler, spec.scheduler), whole("seed", seed)
+        if solver == "dmd" and cache is not None:
+            raise UserError("cache: dmd adds new noise after every step, so no velocity is like the one before")
         if solver == "dmd" and seed is None:
             seed = secrets.randbelow(2**32)  # of the noise between the steps, if not of the first
         shape = self._latent_shape(width, height, num_frames)
@@ -529,6 +545,8 @@ class WanPipeline:
             self.scheduler,
             seed,
             noise,
+            None if cache is None else StepCache(cache, self.parallel.agree),
+            checked_interval(guidance_interval),
         )
 
     def _size(self, width: int | None, height: int | None, picture: "Image.Image | None") -> tuple[int, int]:

@@ -9,6 +9,7 @@ import mlx.core as mx
 from mlx_wan.errors import WanError
 from mlx_wan.models.transformer import WanTransformer
 from mlx_wan.schedulers import Scheduler
+from mlx_wan.step_cache import Kept, StepCache, computed, reused
 
 LEAST_VARIANCE = 1e-8  # of latents; theirs is about 1
 
@@ -19,10 +20,11 @@ def initial_noise(shape: tuple[int, ...], seed: int) -> mx.array:
 
 
 class Expert(NamedTuple):
-    """What works at a step: a transformer, and the scale of its guidance."""
+    """What works at a step: a transformer, the scale of its guidance, and which of the model's it is."""
 
     transformer: WanTransformer
     guidance_scale: float
+    number: int = 0
 
 
 @dataclass(frozen=True)
@@ -45,12 +47,14 @@ class Condition:
 class Point(NamedTuple):
     """Where a run stands: with it, the rest of the run follows from what the run was given.
 
-    step: steps taken. latents: (B, t, h, w, C) normalised. state: the scheduler's.
+    step: steps taken. latents: (B, t, h, w, C) normalised. state: the scheduler's. kept: for a run with a step cache,
+    the velocity that may be used again.
     """
 
     step: int
     latents: mx.array
     state: Any
+    kept: Kept | None = None
 
 
 # (velocity for a context, context, negative context) -> both velocities
@@ -79,7 +83,7 @@ def guided_velocity(
 
     A scale of 1 is the prompt alone and costs one pass instead of two. Shapes as in `WanTransformer`.
     """
-    transformer, guidance_scale = expert
+    transformer, guidance_scale, _ = expert
     known = () if image is None else (image,)
 
     def velocity_for(context: mx.array) -> mx.array:
@@ -99,6 +103,7 @@ def denoise(
     negative_context: mx.array,
     condition: Condition = Condition(),
     passes: Passes = one_after_the_other,
+    cache: StepCache | None = None,
 ) -> Generator[Point, None, None]:
     """Yields the point after each step, its latents evaluated and found finite; the last are the result.
 
@@ -108,26 +113,40 @@ def denoise(
         start: noise (B, t, h, w, C), float32; or the point of an earlier run to go on from.
         context, negative_context: (B, text_len, text_dim), zeros after the text.
         passes: how the two velocities of guidance come about.
+        cache: which steps take the velocity of an earlier one; None: no step does.
 
     Raises WanError when a step gives values that are not finite, or all the same.
     """
     if not isinstance(start, Point):
         start = Point(0, _with_first(start, condition.first_frame), scheduler.init())
-    done, latents, state = start
-    batch, frames = latents.shape[:2]
+    done, latents, state, kept = start
     for step, t in enumerate(scheduler.timesteps.tolist()[done:], start=done + 1):
-        timesteps = mx.full((batch, frames), t, dtype=mx.float32)
-        if condition.first_frame is None:
-            timesteps = timesteps[:, :1]
+        expert, is_last = expert_at(t), step == len(scheduler.timesteps)
+        about = float(scheduler.sigmas[step - 1]), expert.guidance_scale, expert.number
+        if cache is not None and kept is not None and not is_last and cache.reuses(kept, *about):
+            velocity, kept = kept.velocity, reused(kept)
         else:
-            timesteps[:, 0] = 0
-        inputs = latents if condition.channels is None else mx.concatenate([latents, condition.channels], axis=-1)
-        velocity = guided_velocity(expert_at(t), inputs, timesteps, context, negative_context, condition.image, passes)
+            inputs, timesteps = _inputs(latents, t, condition)
+            velocity = guided_velocity(expert, inputs, timesteps, context, negative_context, condition.image, passes)
+            if cache is not None:
+                kept = computed(kept, velocity, *about, given=0 if condition.first_frame is None else 1)
+        del expert
         latents, state = scheduler.step(velocity, latents, state)
         latents = _with_first(latents, condition.first_frame)
-        mx.eval(latents)
+        mx.eval(latents, *(kept or ()))
         _check(latents, step, len(scheduler.timesteps))
-        yield Point(step, latents, state)
+        yield Point(step, latents, state, kept)
+
+
+def _inputs(latents: mx.array, t: float, condition: Condition) -> tuple[mx.array, mx.array]:
+    """What the transformer is given at a timestep: latents with the channels beside them, and timesteps."""
+    timesteps = mx.full(latents.shape[:2], t, dtype=mx.float32)
+    if condition.first_frame is None:
+        timesteps = timesteps[:, :1]
+    else:
+        timesteps[:, 0] = 0
+    inputs = latents if condition.channels is None else mx.concatenate([latents, condition.channels], axis=-1)
+    return inputs, timesteps
 
 
 def _check(latents: mx.array, step: int, steps: int) -> None:

@@ -67,6 +67,19 @@ def test_a_run_of_listed_timesteps_is_repeated_and_changed(folder, capsys):
     capsys.readouterr()
 
 
+def test_dials_are_kept_with_the_video(folder, capsys):
+    line = ["--prompt", "a red circle", "--seed", "3", "--steps", "12", "--frame_num", "5"]
+    line += ["--cache", "0.1", "--guidance_interval", "0.2", "0.9"]
+    assert main(["generate", *line, "-o", "dials.mp4"]) == 0
+    assert "of 12 steps reused an earlier one's velocity" in capsys.readouterr().err
+    facts = read_settings(folder / "dials.mp4")
+    assert (facts["cache"], facts["guidance_interval"]) == (0.1, [0.2, 0.9])
+    assert main(["generate", "--from", "dials.mp4", "-o", "again.mp4"]) == 0
+    assert (folder / "again.mp4").read_bytes() == (folder / "dials.mp4").read_bytes()
+    assert main(["generate", "--from", "dials.mp4", "--cache", "2", "-o", "other.mp4"]) == 2
+    assert "cache is 2.0; give a relative change between 0 and 1" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("source", ["first.mp4", "first.mp4.json"])
 def test_from_repeats_the_run_to_the_byte(first, capsys, source):
     capsys.readouterr()

@@ -92,6 +92,19 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="guidance; 1 is none; LOW,HIGH noise for a model of two experts",
     )
     how.add_argument(
+        "--guidance_interval",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="guidance between these noise levels alone, from 0 (clean) to 1 (noise)",
+    )
+    how.add_argument(
+        "--cache",
+        type=float,
+        metavar="X",
+        help="reuse a step's velocity while it is expected to change by less, such as 0.1 (default: never)",
+    )
+    how.add_argument(
         "--keep_both_experts",
         action="store_true",
         help="keep both experts of an A14B model in memory, instead of loading the second when its turn comes",

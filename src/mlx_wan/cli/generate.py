@@ -248,7 +248,9 @@ def _make(
             if writer is not None:
                 args.crew.on_stop(writer.discard)
             progress.stage("text")
+            reused = 0
             for event in events:
+                reused += bool(event.point and event.point.kept and event.point.kept.skipped)
                 if event.point is not None and keeper is not None:
                     keeper.saw(event.point)
                 if event.stage == "denoise" and previews:
@@ -256,6 +258,8 @@ def _make(
                 _follow(event, progress, writer, with_image=args.image is not None)
         if args.save_settings and is_first:
             save_settings(settings_path(path), facts)
+    if args.cache is not None:
+        _note(f"--cache: {reused} of {options['num_inference_steps']} steps reused an earlier one's velocity")
     return progress.seconds
 
 
@@ -338,7 +342,9 @@ def _check_task(task: str | None, checkpoint: "Checkpoint") -> None:
 
 def _options(args: argparse.Namespace, checkpoint: "Checkpoint", image: Any) -> dict[str, Any]:
     """The pipeline's arguments, with the model's own values where nothing was asked for."""
+    from mlx_wan.request import checked_interval
     from mlx_wan.schedulers import make_scheduler
+    from mlx_wan.step_cache import StepCache
 
     spec = checkpoint.spec
     width, height = _size(args, checkpoint, image)
@@ -357,6 +363,12 @@ def _options(args: argparse.Namespace, checkpoint: "Checkpoint", image: Any) -> 
     if timesteps is not None:
         levels = {"num_inference_steps": len(timesteps), "timesteps": timesteps}
     solver = args.sample_solver or spec.scheduler
+    dials: dict[str, Any] = {}
+    if args.guidance_interval is not None:
+        dials["guidance_interval"] = checked_interval(args.guidance_interval)
+    if args.cache is not None:
+        StepCache(args.cache)
+        dials["cache"] = args.cache
     make_scheduler(solver, levels["num_inference_steps"], levels.get("shift", 1.0), timesteps)
     return {
         "image": image,
@@ -366,6 +378,7 @@ def _options(args: argparse.Namespace, checkpoint: "Checkpoint", image: Any) -> 
         "num_frames": frames,
         "guidance_scale": guidance,
         **levels,
+        **dials,
         "scheduler": solver,
         "seed": secrets.randbelow(2**32) if args.base_seed < 0 else args.base_seed,
     }

@@ -88,20 +88,19 @@ def point(args: argparse.Namespace, options: dict[str, Any]) -> "Point | None":
     """Where the run of --resume stood, in every process; None without --resume. Raises CheckpointError."""
     if not args.resume:
         return None
-    import mlx.core as mx
-
     from mlx_wan.resume import arrays_of, expected, load_point, with_arrays
     from mlx_wan.schedulers import make_scheduler
 
     shift, timesteps = options.get("shift", 1.0), options.get("timesteps")  # the one or the other
     scheduler = make_scheduler(options["scheduler"], options["num_inference_steps"], shift, timesteps)
+    cached = options.get("cache") is not None
     if args.crew.size == 1:
-        return load_point(args.resume, scheduler)
-    own = load_point(args.resume, scheduler) if args.crew.is_first else None
+        return load_point(args.resume, scheduler, cached)
+    own = load_point(args.resume, scheduler, cached) if args.crew.is_first else None
     place = json.dumps([own.step, own.latents.shape]) if own else ""
     step, shape = json.loads(args.crew.from_first(place))
-    like = expected(scheduler, step)
-    arrays = arrays_of(own) if own else {name: mx.zeros(shape) for name in arrays_of(like)}
+    like = expected(scheduler, step, tuple(shape), cached)
+    arrays = arrays_of(own or like)
     return with_arrays(like, {name: args.crew.array_from_first(arrays[name]) for name in sorted(arrays)})
 
 

@@ -23,6 +23,8 @@ FLAGS: dict[str, tuple[str, type | tuple[type, ...]]] = {
     "guidance_scale": ("sample_guide_scale", (*NUMBER, list)),
     "shift": ("sample_shift", NUMBER),
     "scheduler": ("sample_solver", str),
+    "guidance_interval": ("guidance_interval", list),
+    "cache": ("cache", NUMBER),
     "seed": ("base_seed", int),
     "fps": ("fps", NUMBER),
     "dtype": ("dtype", str),

@@ -49,7 +49,7 @@ class Parallel:
                 "--cfg_parallel, must be as many as there are"
             )
         group, member = divmod(self.rank, ulysses_size)
-        everybody = Team(world)
+        self._everybody = everybody = Team(world)
         self._tokens = Team(world, range(group * ulysses_size, (group + 1) * ulysses_size))
         self._passes = Team(world, range(member, self.size, ulysses_size))
         self._transformer = Spread(everybody) if dit_fsdp and self.size > 1 else None
@@ -79,6 +79,10 @@ class Parallel:
         own = velocity_for(context if self._passes.rank == 0 else negative_context)
         both = self._passes.all_gather(own)
         return both[0], both[1]
+
+    def agree(self, decision: bool) -> bool:
+        """What the first process decides, for all: numbers may differ in their last digits between machines."""
+        return decision if self.size == 1 else bool(self._everybody.all_gather(mx.array([decision]))[0].item())
 
     def load_transformer(self, checkpoint: Checkpoint, dtype: mx.Dtype, part: str) -> WanTransformer:
         """As `weights.load.load_transformer`; it computes this process's tokens, with this process's weights."""
