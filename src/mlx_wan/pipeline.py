@@ -273,8 +273,8 @@ class WanPipeline:
             start: where an earlier run with the same arguments stood (`Event.point`, `resume.load_point`): the rest of
                 it is made, bit for bit.
             timesteps: those to take, falling from at most 1000, in place of num_inference_steps and shift.
-            cache: a step whose velocity is expected to differ by less than this from the last one computed takes that
-                instead, 0.1 for 10 %; None computes every step.
+            cache: a step whose velocity is expected to differ by less than this from the last one computed does
+                without the transformer, 0.1 for 10 %; None computes every step.
             guidance_interval: (low, high), the noise levels from 0 to 1 between which there is guidance; None: all.
 
         Raises:

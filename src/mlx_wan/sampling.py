@@ -47,8 +47,7 @@ class Condition:
 class Point(NamedTuple):
     """Where a run stands: with it, the rest of the run follows from what the run was given.
 
-    step: steps taken. latents: (B, t, h, w, C) normalised. state: the scheduler's. kept: for a run with a step cache,
-    the velocity that may be used again.
+    step: steps taken. latents: (B, t, h, w, C) normalised. state: the scheduler's. kept: what a step cache remembers.
     """
 
     step: int
@@ -113,7 +112,7 @@ def denoise(
         start: noise (B, t, h, w, C), float32; or the point of an earlier run to go on from.
         context, negative_context: (B, text_len, text_dim), zeros after the text.
         passes: how the two velocities of guidance come about.
-        cache: which steps take the velocity of an earlier one; None: no step does.
+        cache: which steps do without the transformer; None: no step does.
 
     Raises WanError when a step gives values that are not finite, or all the same.
     """
@@ -124,7 +123,7 @@ def denoise(
         expert, is_last = expert_at(t), step == len(scheduler.timesteps)
         about = float(scheduler.sigmas[step - 1]), expert.guidance_scale, expert.number
         if cache is not None and kept is not None and not is_last and cache.reuses(kept, *about):
-            velocity, kept = kept.velocity, reused(kept)
+            velocity, kept = reused(kept, about[0])
         else:
             inputs, timesteps = _inputs(latents, t, condition)
             velocity = guided_velocity(expert, inputs, timesteps, context, negative_context, condition.image, passes)

@@ -102,7 +102,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--cache",
         type=float,
         metavar="X",
-        help="reuse a step's velocity while it is expected to change by less, such as 0.1 (default: never)",
+        help="skip the transformer while its answer is expected to change by less, such as 0.1 (default: never)",
     )
     how.add_argument(
         "--keep_both_experts",

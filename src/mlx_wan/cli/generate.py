@@ -259,7 +259,7 @@ def _make(
         if args.save_settings and is_first:
             save_settings(settings_path(path), facts)
     if args.cache is not None:
-        _note(f"--cache: {reused} of {options['num_inference_steps']} steps reused an earlier one's velocity")
+        _note(f"--cache: {reused} of {options['num_inference_steps']} steps did without the transformer")
     return progress.seconds
 
 
