@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Union
 
 import mlx.core as mx
 import numpy as np
@@ -38,6 +38,9 @@ if TYPE_CHECKING:
     from PIL import Image
 
 OUTPUT_TYPES = ("np", "latent")
+Picture = Union["Image.Image", str, Path]
+Pictures = Picture | list[Picture] | tuple[Picture, ...]
+EMBEDDINGS = 4  # that are kept: a few MB each
 DTYPES = (mx.float32, mx.bfloat16, mx.float16)
 
 
@@ -111,12 +114,11 @@ class WanPipeline:
         self.checkpoint, self.dtype, self.low_memory = checkpoint, dtype, low_memory
         self.keep_both_experts, self.parallel = keep_both_experts, parallel
         spec = checkpoint.spec
-        self.scheduler = make_scheduler(
-            spec.scheduler, spec.num_inference_steps, spec.shift, spec.check_timesteps(None, None, None)
-        )
+        self.scheduler = make_scheduler(spec.scheduler, spec.num_inference_steps, spec.shift, spec.timesteps or None)
         self.tokenizer = Tokenizer(checkpoint.tokenizer, checkpoint.transformer_config.text_len)
         self._transformers: dict[str, WanTransformer] = {}
         self._adapters = Adapters()
+        self._embeddings: dict[bytes, mx.array] = {}  # of the last prompts, by their tokens
         self._text_encoder: UMT5Encoder | None = None
         self._image_encoder: ImageEncoder | None = None
         self._vae: WanVAE | None = None
@@ -219,19 +221,22 @@ class WanPipeline:
         length = int(mask.sum())
         # Padding is masked out of attention, so the tokens alone give the same vectors.
         ids = ids[:, :length]
+        if (kept := self._embeddings.get(ids.tobytes())) is not None:
+            return kept
         cache = None if self.text_cache is None else TextCache(self.text_cache, self.checkpoint, self.dtype)
-        if cache is not None and (known := cache.get(ids)) is not None:
-            return known
-        embedding = self.text_encoder(mx.array(ids))[0]
-        mx.eval(embedding)
-        if cache is not None:
-            cache.put(ids, embedding)
+        embedding = None if cache is None else cache.get(ids)
+        if embedding is None:
+            embedding = self.text_encoder(mx.array(ids))[0]
+            mx.eval(embedding)
+            if cache is not None:
+                cache.put(ids, embedding)
+        self._embeddings = dict([*self._embeddings.items(), (ids.tobytes(), embedding)][-EMBEDDINGS:])
         return embedding
 
     def __call__(
         self,
         prompt: str,
-        image: "Image.Image | str | Path | None" = None,
+        image: "Pictures | None" = None,
         negative_prompt: str | None = None,
         width: int | None = None,
         height: int | None = None,
@@ -256,7 +261,8 @@ class WanPipeline:
             prompt: what to show.
             image: the first frame: a picture (shown upright if its EXIF data say how) or its file. Without width and
                 height the size follows the picture's aspect ratio at the model's default area; with both, the picture
-                is scaled and cropped to them. I2V models need one, T2V models take none.
+                is scaled and cropped to them. I2V models need one, T2V models take none. Or a list of 4n + 1: so many
+                frames the video begins with, the way a longer one is made (`extend`).
             negative_prompt: what to steer away from; has no effect at guidance_scale 1.
             width, height: in pixels, multiples of VAE stride times patch (32 for the 5B, 16 for others).
             num_frames: 4n + 1.
@@ -315,15 +321,14 @@ class WanPipeline:
         return PipelineOutput(frames, result, request.seed, self.spec.fps)
 
     def stream(self, prompt: str, **options: Any) -> Iterator[Event]:
-        """Makes a video as `__call__` does, with its arguments but output_type and callback, and yields each
-        `Event`.
+        """Makes a video as `__call__` does, with its arguments but output_type and callback; yields each `Event`.
 
         Frames come in pieces as they are decoded, so that no more than a piece of the video is in memory. The request
         is checked at once, not at the first event.
         """
         names = ("image", "negative_prompt", "width", "height", "num_frames", "num_inference_steps")
-        names += ("guidance_scale", "shift", "scheduler", "seed", "latents", "last_image", "start", "timesteps")
-        names += ("cache", "guidance_interval")
+        names += ("guidance_scale", "shift", "scheduler", "seed", "latents", "last_image", "start")
+        names += ("timesteps", "cache", "guidance_interval")
         unknown = sorted(options.keys() - set(names))
         if unknown:
             raise TypeError(f"stream() got an unexpected keyword argument {unknown[0]!r}")
@@ -405,11 +410,25 @@ class WanPipeline:
     # --- the order of things -----------------------------------------------------------------------------------------
 
     def _run(self, request: _Request, decode: bool) -> Iterator[Event]:
+        total, start = len(request.scheduler.timesteps), request.start
+        latents = start.latents if isinstance(start, Point) else start
+        if not isinstance(start, Point) or start.step < total:
+            for point in (yield from self._denoising(request)):
+                latents = point.latents
+                yield Event("denoise", point.step, total, latents, point)
+            if self.low_memory:
+                self._release_transformers()  # the generator kept none
+        yield Event("latents", 1, 1, latents)
+        if decode and self.parallel.is_first:
+            for index, piece in enumerate(self.vae.stream_decode(latents), start=1):
+                _check_piece(piece, latents[:, index - 1], index)
+                yield Event("frames", index, latents.shape[1], to_uint8(piece[0]))
+
+    def _denoising(self, request: _Request) -> Generator[Event, None, Iterator[Point]]:
+        """The steps still to be made, once text and pictures are encoded."""
         context, negative = yield from self._encode_texts(request)
         condition = yield from self._encode_image(request)
-        total = len(request.scheduler.timesteps)
-        latents = request.start.latents if isinstance(request.start, Point) else request.start
-        steps = denoise(
+        return denoise(
             lambda t: self._expert_at(t, request),
             request.scheduler,
             request.start,
@@ -419,16 +438,6 @@ class WanPipeline:
             self.parallel.passes,
             request.cache,
         )
-        for point in steps:
-            latents = point.latents
-            yield Event("denoise", point.step, total, latents, point)
-        if self.low_memory:
-            self._release_transformers()  # the generator kept none
-        yield Event("latents", 1, 1, latents)
-        if decode and self.parallel.is_first:
-            for index, piece in enumerate(self.vae.stream_decode(latents), start=1):
-                _check_piece(piece, latents[:, index - 1], index)
-                yield Event("frames", index, latents.shape[1], to_uint8(piece[0]))
 
     def _expert_at(self, timestep: float, request: _Request) -> Expert:
         """The transformer for a timestep. They fall, so that two experts change places once in a run."""
@@ -455,8 +464,9 @@ class WanPipeline:
         from mlx_wan.conditioning import image_to_frame
 
         if self.spec.task == "ti2v":
-            frame = image_to_frame(request.pictures[0], request.width, request.height)
-            condition = Condition(first_frame=self.vae.encode(mx.array(frame)))
+            size = request.width, request.height
+            frames = np.concatenate([image_to_frame(picture, *size) for picture in request.pictures.values()], axis=1)
+            condition = Condition(first_frame=self.vae.encode(mx.array(frames)))
             mx.eval(condition.first_frame)
         else:
             condition = self._known_frames(request)
@@ -468,20 +478,16 @@ class WanPipeline:
 
     def _known_frames(self, request: _Request) -> Condition:
         """Pictures as I2V and FLF2V models see them: as a video with grey frames, and some as image tokens."""
-        from mlx_wan.conditioning import cropped, known_frames, stretched_frame
+        from mlx_wan.conditioning import cropped, image_tokens, known_channels, stretched_frame
 
         size, step = (request.width, request.height), min(self.checkpoint.size_steps)
         pictures = {place: cropped(picture, *size, step) for place, picture in request.pictures.items()}
         frames = {place: stretched_frame(picture, *size) for place, picture in pictures.items()}
-        video, mask = known_frames(frames, request.num_frames, self.checkpoint.vae_config.stride[0])
-        encoded = self.vae.encode(mx.array(video))
-        mask = mx.broadcast_to(mx.array(mask), (*encoded.shape[:-1], mask.shape[-1]))
-        channels, image = mx.concatenate([mask, encoded], axis=-1), None
+        stride = self.checkpoint.vae_config.stride[0]
+        channels, image = known_channels(frames, request.num_frames, stride, self.vae.encode), None
         if self.image_encoder is not None:
-            side = self.image_encoder.config.image_size
-            squares = np.concatenate([stretched_frame(picture, side, side)[0] for picture in pictures.values()])
-            image = self.image_encoder(mx.array(squares))
-            image = image.reshape(1, -1, image.shape[-1])
+            ends = [picture for place, picture in pictures.items() if place in (0, request.num_frames - 1)]
+            image = image_tokens(ends, self.image_encoder.config.image_size, self.image_encoder)
         mx.eval(channels, image)
         return Condition(channels=channels, image=image)
 
@@ -495,7 +501,7 @@ class WanPipeline:
     def _request(
         self,
         prompt: str,
-        image: "Image.Image | str | Path | None",
+        image: "Pictures | None",
         negative_prompt: str | None,
         width: int | None,
         height: int | None,
@@ -513,11 +519,15 @@ class WanPipeline:
         guidance_interval: Sequence[float] | None = None,
     ) -> _Request:
         spec = self.spec
-        picture, last = open_picture(image), open_picture(last_image)
+        given = [open_picture(each) for each in (image if isinstance(image, list | tuple) else [image])]
+        first, last = [picture for picture in given if picture is not None], open_picture(last_image)
+        picture = first[0] if first else None
         spec.check_pictures(picture is not None, last is not None)
         width, height = self._size(whole("width", width), whole("height", height), picture)
         num_frames = or_default(whole("num_frames", num_frames), spec.num_frames)
-        pictures = {place: p for place, p in ((0, picture), (num_frames - 1, last)) if p is not None}
+        if len(first) > 1 and ((len(first) - 1) % spec.vae_stride[0] or len(first) >= num_frames):
+            raise UserError(f"image is {len(first)} pictures; one or {spec.vae_stride[0]}n+1, fewer than the frames")
+        pictures = dict(enumerate(first)) | ({} if last is None else {num_frames - 1: last})
         if last is not None and num_frames == 1:
             raise UserError("num_frames is 1; a first and a last frame need more")
         solver, seed = or_default(scheduler, spec.scheduler), whole("seed", seed)

@@ -2,6 +2,7 @@
 
 import json
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,16 @@ from mlx_wan.weights.files import read_metadata, read_tensors
 from mlx_wan.weights.whole import is_whole, write_arrays
 
 FORMAT = 1
+DONE = "done."
 KEY, CHECK = "mlx_wan.run", "mlx_wan.run.crc32"
 
 
-def save_point(path: str | Path, point: Point, record: dict[str, Any]) -> None:
+def save_point(path: str | Path, point: Point, record: dict[str, Any], done: Sequence[mx.array] = ()) -> None:
     """Writes a point and what it belongs to, a JSON object, as one safetensors file that replaces an earlier one whole.
 
-    WanError if it cannot be written.
+    done: latents of the parts before this one, of a longer video (`extend`). WanError if it cannot be written.
     """
-    arrays = arrays_of(point)
+    arrays = arrays_of(point) | {f"{DONE}{number}": latents for number, latents in enumerate(done)}
     mx.eval(arrays)
     about = json.dumps({"format": FORMAT, "step": point.step, "record": record}, ensure_ascii=False)
     metadata = {KEY: about, CHECK: str(zlib.crc32(about.encode()))}  # the arrays have a checksum of their own
@@ -45,6 +47,7 @@ def load_point(path: str | Path, scheduler: Scheduler, cached: bool = False) -> 
     """The point in a file, for the scheduler it was made with, with a step cache or not. Raises as `read_record`."""
     path = Path(path)
     step, tensors = _read(path)["step"], read_tensors(path)
+    tensors = {name: info for name, info in tensors.items() if not name.startswith(DONE)}
     if step > len(scheduler.timesteps):
         raise CheckpointError(f"{path}: is after step {step}, and the run has {len(scheduler.timesteps)}")
     shape = tensors["latents"].shape if "latents" in tensors else ()
@@ -54,6 +57,15 @@ def load_point(path: str | Path, scheduler: Scheduler, cached: bool = False) -> 
         raise CheckpointError(f"{path}: does not hold the state of this sampler after step {step}; start again")
     arrays = {name: info.load() for name, info in tensors.items()}
     return with_arrays(like, arrays)
+
+
+def load_done(path: str | Path) -> list[mx.array]:
+    """The latents of the parts before, in order. Raises as `read_record`."""
+    _read(Path(path))
+    tensors = {name: info for name, info in read_tensors(path).items() if name.startswith(DONE)}
+    if tensors.keys() != {f"{DONE}{number}" for number in range(len(tensors))}:
+        raise CheckpointError(f"{path}: lacks a part of its video; start again")
+    return [tensors[f"{DONE}{number}"].load() for number in range(len(tensors))]
 
 
 def expected(scheduler: Scheduler, step: int, shape: tuple[int, ...] = (1,), cached: bool = False) -> Point:

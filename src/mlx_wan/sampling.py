@@ -32,8 +32,8 @@ class Condition:
     """What is known of the video besides the text.
 
     Attributes:
-        first_frame: (B, 1, h, w, C) normalised latent of a picture: it replaces the first latent frame before and
-            after every step, and its tokens have timestep 0 (official `WanTI2V.i2v`).
+        first_frame: (B, 1, h, w, C) normalised latent of a picture, or more latent frames: they replace the first
+            ones before and after every step, and their tokens have timestep 0 (official `WanTI2V.i2v`, which has one).
         image: (B, m, image_dim) embeddings of pictures, for transformers that take them.
         channels: (B, t, h, w, ·) put beside the latents' channels whenever the transformer is asked (official
             `WanI2V`).
@@ -119,6 +119,7 @@ def denoise(
     if not isinstance(start, Point):
         start = Point(0, _with_first(start, condition.first_frame), scheduler.init())
     done, latents, state, kept = start
+    given = 0 if condition.first_frame is None else condition.first_frame.shape[1]
     for step, t in enumerate(scheduler.timesteps.tolist()[done:], start=done + 1):
         expert, is_last = expert_at(t), step == len(scheduler.timesteps)
         about = float(scheduler.sigmas[step - 1]), expert.guidance_scale, expert.number
@@ -128,7 +129,7 @@ def denoise(
             inputs, timesteps = _inputs(latents, t, condition)
             velocity = guided_velocity(expert, inputs, timesteps, context, negative_context, condition.image, passes)
             if cache is not None:
-                kept = computed(kept, velocity, *about, given=0 if condition.first_frame is None else 1)
+                kept = computed(kept, velocity, *about, given)
         del expert
         latents, state = scheduler.step(velocity, latents, state)
         latents = _with_first(latents, condition.first_frame)
@@ -143,7 +144,7 @@ def _inputs(latents: mx.array, t: float, condition: Condition) -> tuple[mx.array
     if condition.first_frame is None:
         timesteps = timesteps[:, :1]
     else:
-        timesteps[:, 0] = 0
+        timesteps[:, : condition.first_frame.shape[1]] = 0
     inputs = latents if condition.channels is None else mx.concatenate([latents, condition.channels], axis=-1)
     return inputs, timesteps
 
@@ -165,4 +166,4 @@ def _check(latents: mx.array, step: int, steps: int) -> None:
 def _with_first(latents: mx.array, first_frame: mx.array | None) -> mx.array:
     if first_frame is None:
         return latents
-    return mx.concatenate([first_frame.astype(latents.dtype), latents[:, 1:]], axis=1)
+    return mx.concatenate([first_frame.astype(latents.dtype), latents[:, first_frame.shape[1] :]], axis=1)

@@ -115,3 +115,15 @@ def test_a_stopped_run_of_two_goes_on(folder, tmp_path):
     results = ranks.finish(ranks.start(tmp_path, 2, line(folder, whole, flags)))
     assert [code for code, *_ in results] == [0, 0], results
     assert path.read_bytes() == whole.read_bytes()
+
+
+def test_two_processes_make_a_longer_video(folder, tmp_path):
+    """The second needs the frames that the first has decoded: without them it would compute another part."""
+    path, alone = tmp_path / "two.mp4", tmp_path / "one.mp4"
+    flags = "--sample_steps 2 --seed 3 --extend 1 --overlap 5 --codec lossless"
+    results = ranks.finish(ranks.start(tmp_path, 2, line(folder, path, f"{flags} --ulysses_size 2")))
+    assert [code for code, *_ in results] == [0, 0], results
+    assert main(line(folder, alone, flags)[2:]) == 0
+    together, single = (read_video(file)[0].astype(int) for file in (path, alone))
+    assert together.shape == (13, 64, 96, 3)
+    assert np.abs(together - single).max() <= 2

@@ -24,6 +24,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--image", "--first_frame", metavar="FILE", help="a picture to start from: the video's first frame"
     )
     what.add_argument("--last_frame", metavar="FILE", help="a picture to end with (flf2v-14B, i2v-A14B)")
+    what.add_argument("--extend", type=int, metavar="N", help="N parts more, each of which goes on from the one before")
+    what.add_argument("--extend_from", metavar="VIDEO", help="go on with this video, which the new one begins with")
+    what.add_argument("--overlap", type=int, metavar="N", help="so many last frames they begin with, 4n+1 (default 1)")
     what.add_argument("--size", metavar="W*H", help="width*height in pixels; with --image only the area counts")
     what.add_argument("--frame_num", "--num_frames", type=int, metavar="N", help="number of frames, 4n+1")
     what.add_argument("--fps", type=float, help="frames a second of the file (default: the model's own)")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_wan import backend
-from mlx_wan.cli import report, resume, settings
+from mlx_wan.cli import longer, report, resume, settings
 from mlx_wan.cli.flags import DTYPE_BYTES, FILES, TASKS, add_flags
 from mlx_wan.cli.fuse import parse_loras
 from mlx_wan.cli.progress import JsonProgress, Progress
@@ -40,7 +40,8 @@ LARGEST_SEED = 2**63 - 1
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser = commands.add_parser("generate", help=SUMMARY, description=SUMMARY)
-    parser.set_defaults(recorded=None, exact_size=False, extended={}, places={})  # what settings.fill finds in a video
+    # What settings.fill finds in a video, and longer.read in the one that goes on.
+    parser.set_defaults(recorded=None, exact_size=False, extended={}, places={}, before=None)
     add_flags(parser)
     return parser
 
@@ -130,6 +131,7 @@ def _jobs(args: argparse.Namespace, name: str, taken: set[Path]) -> list[Job]:
     alone = not args.ckpt_dir and not any(files.values())
     checkpoint = locate("tiny" if alone else args.ckpt_dir, task=args.task, **files)
     _check_task(args.task, checkpoint)
+    image = longer.read(args, checkpoint, image)
     checkpoint.spec.check_pictures(image is not None, last is not None)
     if alone and not args.replay:
         _note("no --ckpt_dir: the small embedded model draws this (coloured shapes that move)")
@@ -141,6 +143,7 @@ def _jobs(args: argparse.Namespace, name: str, taken: set[Path]) -> list[Job]:
         one.base_seed = seed
         options: dict[str, Any] = _options(one, checkpoint, image) | ({} if last is None else {"last_image": last})
         options["seed"] = args.crew.same_seed(options["seed"], drawn=seed < 0)
+        longer.check(one, checkpoint, options)
         args.crew.agree(checkpoint, {"prompt": args.prompt, "--dtype": args.dtype, "LoRAs": loras, **options})
         if args.resume:
             resume.check(args, _facts(one, checkpoint, options))
@@ -149,7 +152,7 @@ def _jobs(args: argparse.Namespace, name: str, taken: set[Path]) -> list[Job]:
         else:
             path = wanted if len(seeds) == 1 else sibling(wanted, f"seed{options['seed']}")
         if args.crew.is_first:
-            check_output(path, args.codec, options["num_frames"])
+            check_output(path, args.codec, options["num_frames"] * longer.parts(args))
         if path in taken:
             raise UserError(f"{path}: is already the file of an earlier video of this command")
         taken.add(path)
@@ -225,37 +228,44 @@ def _make(
     args: argparse.Namespace, checkpoint: "Checkpoint", options: dict[str, Any], path: Path, pipelines: Pipelines
 ) -> dict[str, float]:
     """Load, generate and write, under one progress bar; returns the seconds each stage took."""
+    from mlx_wan import extend
     from mlx_wan.cli.steps import StepPictures
     from mlx_wan.outputs import open_output, save_settings
 
-    pieces = (options["num_frames"] - 1) // checkpoint.spec.vae_stride[0] + 1
+    pieces, parts = (options["num_frames"] - 1) // checkpoint.spec.vae_stride[0] + 1, longer.parts(args)
+    steps = options["num_inference_steps"]
     args = _extend_prompt(args, pipelines) if args.use_prompt_extend else args
     shown = JsonProgress if report.is_json() else Progress
-    start = resume.point(args, options)
-    with shown(options["num_inference_steps"], pieces, start.step if start else 0) as progress:
+    done, start = resume.stand(args, options)
+    with shown(steps * parts, pieces * parts, steps * len(done) + (start.step if start else 0)) as progress:
         progress.stage("load")
         pipe = pipelines.get(args, checkpoint)
         is_first = args.crew.is_first
         previews = StepPictures(Path(args.preview), path, pipe) if args.preview and is_first else None
-        events = pipe.stream(args.prompt, **options, start=start)
+        if args.extend:
+            events = extend.stream(pipe, args.prompt, parts, args.overlap, args.before, done, start, **options)
+        else:
+            events = pipe.stream(args.prompt, **options, start=start)
         facts = _facts(args, checkpoint, options)
         with contextlib.ExitStack() as stack:
             keeper = None
             if args.save_every and is_first:
                 kept = resume.record(args, facts)
-                keeper = stack.enter_context(resume.Keeper(path, args.save_every, options["num_inference_steps"], kept))
+                keeper = stack.enter_context(resume.Keeper(path, args.save_every, steps, kept, done))
             writer = stack.enter_context(open_output(path, facts["fps"], args.codec, facts)) if is_first else None
             if writer is not None:
                 args.crew.on_stop(writer.discard)
+                if args.before is not None:
+                    writer.write(args.before)
             progress.stage("text")
             reused = 0
             for event in events:
                 reused += bool(event.point and event.point.kept and event.point.kept.skipped)
-                if event.point is not None and keeper is not None:
-                    keeper.saw(event.point)
+                if keeper is not None:
+                    keeper.saw(event)
                 if event.stage == "denoise" and previews:
                     previews.write(event.index, event.value)
-                _follow(event, progress, writer, with_image=args.image is not None)
+                _follow(event, progress, writer, with_image=bool(args.image or args.extend))
         if args.save_settings and is_first:
             save_settings(settings_path(path), facts)
     if args.cache is not None:
@@ -267,7 +277,8 @@ def _facts(args: argparse.Namespace, checkpoint: "Checkpoint", options: dict[str
     """What the video will carry."""
     fps = args.fps or checkpoint.spec.fps
     dtype = args.dtype or str(backend.default_dtype()).removeprefix("mlx.core.")
-    return settings.facts(args, checkpoint, options, **args.extended, fps=fps, dtype=dtype)
+    more = {**args.extended, **longer.facts(args)}
+    return settings.facts(args, checkpoint, options, **more, fps=fps, dtype=dtype)
 
 
 def _extend_prompt(args: argparse.Namespace, pipelines: Pipelines) -> argparse.Namespace:
@@ -291,7 +302,8 @@ def _follow(event: "Event", progress: Progress, writer: "Writer | None", with_im
     elif event.stage == "latents":
         progress.stage("decode")
     elif event.stage == "frames" and writer is not None:
-        writer.write(event.value)
+        if len(event.value):
+            writer.write(event.value)
         progress.piece_done()
 
 
@@ -442,7 +454,9 @@ def _low_memory(args: argparse.Namespace, checkpoint: "Checkpoint", options: dic
     dtype = getattr(mx, args.dtype) if args.dtype else backend.default_dtype()
     size = options["width"], options["height"], options["num_frames"]
     pictures = sum(options.get(name) is not None for name in ("image", "last_image"))
-    setting = Setting(*size, dtype, pictures, keep_both_experts=args.keep_both_experts)
+    begins = args.overlap if args.extend else 1
+    both = args.keep_both_experts
+    setting = Setting(*size, dtype, max(pictures, bool(args.extend)), keep_both_experts=both, begins=begins)
     memory = sys.maxsize if args.ignore_plan else backend.usable_memory()
     return choose(Dimensions.of_checkpoint(checkpoint), setting, backend.device_name(), memory).low_memory
 

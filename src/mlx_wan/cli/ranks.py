@@ -62,14 +62,6 @@ class Crew:
 
         return tell(self.world, text)[0]
 
-    def array_from_first(self, array: "mx.array") -> "mx.array":
-        """The array that the first process has, to the bit; the others give one of its shape and type."""
-        if self.world is None:
-            return array
-        import mlx.core as mx
-
-        return mx.distributed.all_gather(array[None], group=self.world)[0]
-
     def agree(self, checkpoint: "Checkpoint", values: dict[str, Any]) -> None:
         """UserError, in all processes, if one was given another model or another value."""
         if self.world is None or self.guard is None:

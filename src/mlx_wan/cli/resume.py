@@ -13,6 +13,11 @@ from mlx_wan.errors import UserError, WanError
 from mlx_wan.formats import FORMATS, resume_path, resumed_output
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import mlx.core as mx
+
+    from mlx_wan.pipeline import Event
     from mlx_wan.sampling import Point
 
 # What of a run's settings may be another when it goes on: how the video is written, where files are (their fingerprints
@@ -84,24 +89,32 @@ def check(args: argparse.Namespace, facts: dict[str, Any]) -> None:
         )
 
 
-def point(args: argparse.Namespace, options: dict[str, Any]) -> "Point | None":
-    """Where the run of --resume stood, in every process; None without --resume. Raises CheckpointError."""
+def stand(args: argparse.Namespace, options: dict[str, Any]) -> "tuple[list[mx.array], Point | None]":
+    """Where the run of --resume stood, in every process: latents of the parts before, and the point in the present one.
+
+    ([], None) without --resume. Raises CheckpointError.
+    """
     if not args.resume:
-        return None
-    from mlx_wan.resume import arrays_of, expected, load_point, with_arrays
+        return [], None
+    import mlx.core as mx
+
+    from mlx_wan.resume import arrays_of, expected, load_done, load_point, with_arrays
     from mlx_wan.schedulers import make_scheduler
 
     shift, timesteps = options.get("shift", 1.0), options.get("timesteps")  # the one or the other
     scheduler = make_scheduler(options["scheduler"], options["num_inference_steps"], shift, timesteps)
     cached = options.get("cache") is not None
     if args.crew.size == 1:
-        return load_point(args.resume, scheduler, cached)
-    own = load_point(args.resume, scheduler, cached) if args.crew.is_first else None
-    place = json.dumps([own.step, own.latents.shape]) if own else ""
-    step, shape = json.loads(args.crew.from_first(place))
+        return load_done(args.resume), load_point(args.resume, scheduler, cached)
+    own, done = None, []
+    if args.crew.is_first:
+        own, done = load_point(args.resume, scheduler, cached), load_done(args.resume)
+    place = json.dumps([own.step, own.latents.shape, len(done)]) if own else ""
+    step, shape, parts = json.loads(args.crew.from_first(place))
     like = expected(scheduler, step, tuple(shape), cached)
     arrays = arrays_of(own or like)
-    return with_arrays(like, {name: args.crew.array_from_first(arrays[name]) for name in sorted(arrays)})
+    point = with_arrays(like, {name: args.crew.parallel.from_first(arrays[name]) for name in sorted(arrays)})
+    return done or [mx.zeros(shape)] * parts, point  # the first process alone decodes them
 
 
 class Keeper:
@@ -110,25 +123,37 @@ class Keeper:
     On Ctrl-C it saves once more. The file goes when the block ends well, because then the video is there.
     """
 
-    def __init__(self, video: Path, every: int, steps: int, kept: dict[str, Any]) -> None:
+    def __init__(self, video: Path, every: int, steps: int, kept: dict[str, Any], done: "Sequence[mx.array]") -> None:
         self.path, self._every, self._steps, self._record = resume_path(video), every, steps, kept
+        self._done, self._again = list(done), len(done)  # parts, and how many of them come once more
         self._newest: Point | None = None
         self._saved = 0
 
     def __enter__(self) -> "Keeper":
         return self
 
-    def saw(self, point: "Point") -> None:
-        """The run has come to `point`. If that cannot be saved, it is said, and the run goes on."""
-        self._newest = point
+    def saw(self, event: "Event") -> None:
+        """Something is finished. If that cannot be saved, it is said, and the run goes on."""
+        if event.stage == "latents":
+            self._part_done(event.value)
+        if event.point is None:
+            return
+        self._newest = point = event.point
         if point.step % self._every == 0 or point.step == self._steps:
             self._save(point)
+
+    def _part_done(self, latents: "mx.array") -> None:
+        """The point of its last step stays in the file until the next part has come to one."""
+        if self._again:
+            self._again -= 1
+        else:
+            self._done.append(latents)
 
     def _save(self, point: "Point") -> None:
         from mlx_wan.resume import save_point
 
         try:
-            save_point(self.path, point, self._record)
+            save_point(self.path, point, self._record, self._done)
             self._saved = point.step
         except WanError as error:
             note(str(error))

@@ -28,9 +28,12 @@ FLAGS: dict[str, tuple[str, type | tuple[type, ...]]] = {
     "seed": ("base_seed", int),
     "fps": ("fps", NUMBER),
     "dtype": ("dtype", str),
+    "extend": ("extend", int),
+    "overlap": ("overlap", int),
 }
 BY_STEPS = ("num_inference_steps", "shift")  # which a list of timesteps takes the place of
-FILES = {"image": "image", "last_image": "last_frame"}  # pictures: in the video by name and fingerprint
+# Pictures, and a video that goes on: in the video by name and fingerprint.
+FILES = {"image": "image", "last_image": "last_frame", "video": "extend_from"}
 PARTS = (
     "transformer",
     "transformer_2",

@@ -81,6 +81,7 @@ class Setting:
     pictures: int = 0
     tokens: int | None = None
     keep_both_experts: bool = False
+    begins: int = 1  # frames that are given at the beginning, of a video that goes on
 
 
 @dataclass(frozen=True)
@@ -268,7 +269,7 @@ def _work(model: Dimensions, setting: Setting, device: str) -> Iterator[tuple[st
     text_len = model.transformer.text_len
     yield "text", _text_work(model.text_encoder, min(setting.tokens or text_len, text_len), how, dtype, device)
     if setting.pictures:
-        frames = 1 if model.spec.task == "ti2v" else setting.num_frames
+        frames = setting.begins if model.spec.task == "ti2v" else setting.num_frames
         yield "image", image_work(model.vae, size, frames, device)
         if model.image_encoder is not None:
             yield "tokens", _tokens_work(model.image_encoder, setting.pictures, dtype, device)
@@ -298,7 +299,7 @@ def _text_work(config: TextEncoderConfig, tokens: int, how: Quantization | None,
 
 @cache
 def image_work(vae: VAEConfig | VAE21Config, size: tuple[int, int], frames: int, device: str) -> int:
-    """A TI2V model encodes one frame, others a video of the pictures and grey frames."""
+    """A TI2V model encodes the frames that are given, others a video of the pictures and grey frames."""
     width, height = size
     rest = vae.stride[0]
     pieces = [mx.zeros((1, n, height, width, 3)) for n in (1, *[rest] * min((frames - 1) // rest, 2))]

@@ -60,6 +60,10 @@ class Parallel:
         """Whether this process decodes, writes and prints."""
         return self.rank == 0
 
+    def from_first(self, array: mx.array) -> mx.array:
+        """The array that the first process has, to the bit; the others give one of its shape and type."""
+        return self._everybody.all_gather(array)[0]
+
     @property
     def share_of_transformer(self) -> float:
         """About which share of the transformer's weights this process holds."""
@@ -82,7 +86,7 @@ class Parallel:
 
     def agree(self, decision: bool) -> bool:
         """What the first process decides, for all: numbers may differ in their last digits between machines."""
-        return decision if self.size == 1 else bool(self._everybody.all_gather(mx.array([decision]))[0].item())
+        return decision if self.size == 1 else bool(self.from_first(mx.array([decision])).item())
 
     def load_transformer(self, checkpoint: Checkpoint, dtype: mx.Dtype, part: str) -> WanTransformer:
         """As `weights.load.load_transformer`; it computes this process's tokens, with this process's weights."""
