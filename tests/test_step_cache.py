@@ -22,6 +22,9 @@ class Model:
     def __init__(self, curve):
         self.curve, self.levels = curve, []
 
+    def read(self, context):
+        return context
+
     def __call__(self, latents, timesteps, context):
         sigma = timesteps.max().item() / 1000
         self.levels.append(sigma)
@@ -114,7 +117,7 @@ def test_another_expert_or_guidance_begins_anew(change):
         later = int(t < 800)
         asked.append(later)
         if change == "expert":
-            return Expert(models[later], 1.0, later)
+            return Expert(models[later], 1.0, number=later)
         return Expert(models[0], [1.0, 2.0][later])
 
     _, scheduler, points = run(None, 0.1, expert_at=expert_at)
@@ -153,10 +156,14 @@ def calls(pipe, monkeypatch, **options):
     """(latents, timestep of each transformer call) of a run."""
     seen, transformer = [], pipe.transformer
 
-    def spy(latents, timesteps, *more):
-        seen.append(timesteps.max().item())
-        return transformer(latents, timesteps, *more)
+    class Spy:
+        read = transformer.read
 
+        def __call__(self, latents, timesteps, *more):
+            seen.append(timesteps.max().item())
+            return transformer(latents, timesteps, *more)
+
+    spy = Spy()
     monkeypatch.setattr(pipe, "_load_transformer", lambda part: spy)
     latents = pipe("a cat", **SMALL, **options).latents
     monkeypatch.undo()

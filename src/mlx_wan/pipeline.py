@@ -186,6 +186,7 @@ class WanPipeline(AdapterWords):
                 self._release_transformers()
             transformer = self.parallel.load_transformer(self.checkpoint, self.dtype, part)
             self._adapters.install(transformer, part)
+            transformer.eval()
             self._transformers[part] = transformer
         return self._transformers[part]
 
@@ -371,7 +372,12 @@ class WanPipeline(AdapterWords):
         number = 0 if boundary is None or timestep >= boundary * TRAIN_TIMESTEPS else 1
         guided = least <= timestep / TRAIN_TIMESTEPS <= most
         scale = request.guidance_scale[1 - number] if guided else 1.0  # (low noise, high noise)
-        return Expert(self._load_transformer(("transformer", "transformer_2")[number]), scale, number)
+        return Expert(
+            self._load_transformer(("transformer", "transformer_2")[number]),
+            scale,
+            tuple(self._adapters.strengths.items()),
+            number,
+        )
 
     def _encode_texts(self, request: _Request) -> Generator[Event, None, tuple[mx.array, mx.array]]:
         context = self._padded(self.encode_prompt(request.prompt))

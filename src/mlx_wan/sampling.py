@@ -1,5 +1,6 @@
 """From noise to latents: the denoising loop, as a generator of steps."""
 
+import weakref
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -7,7 +8,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from mlx_wan.errors import WanError
-from mlx_wan.models.transformer import WanTransformer
+from mlx_wan.models.transformer import Text, WanTransformer
 from mlx_wan.schedulers import Scheduler
 from mlx_wan.step_cache import Kept, StepCache, computed, reused
 
@@ -20,11 +21,29 @@ def initial_noise(shape: tuple[int, ...], seed: int) -> mx.array:
 
 
 class Expert(NamedTuple):
-    """What works at a step: a transformer, the scale of its guidance, and which of the model's it is."""
+    """What works at a step: a transformer, the scale of its guidance, the strengths of its adapters, if any, and which
+    of the model's transformers it is."""
 
     transformer: WanTransformer
     guidance_scale: float
+    adapters: tuple[tuple[str, float], ...] = ()
     number: int = 0
+
+
+class _Reader:
+    """The two texts as the expert at work reads them: again when that is another one, or has other adapters."""
+
+    def __init__(self, *contexts: mx.array):
+        self._contexts, self._texts = contexts, []
+        self._transformer, self._adapters = None, ()  # the former by weak reference: it may leave memory
+
+    def texts(self, expert: Expert) -> list[Text]:
+        known = self._transformer is not None and self._transformer() is expert.transformer
+        if not known or self._adapters != expert.adapters:
+            self._transformer, self._adapters = weakref.ref(expert.transformer), expert.adapters
+            read = {id(context): expert.transformer.read(context) for context in self._contexts}  # which may be one
+            self._texts = [read[id(context)] for context in self._contexts]
+        return self._texts
 
 
 @dataclass(frozen=True)
@@ -57,11 +76,12 @@ class Point(NamedTuple):
 
 
 # (velocity for a context, context, negative context) -> both velocities
-Passes = Callable[[Callable[[mx.array], mx.array], mx.array, mx.array], tuple[mx.array, mx.array]]
+Context = mx.array | Text
+Passes = Callable[[Callable[[Context], mx.array], Context, Context], tuple[mx.array, mx.array]]
 
 
 def one_after_the_other(
-    velocity_for: Callable[[mx.array], mx.array], context: mx.array, negative_context: mx.array
+    velocity_for: Callable[[Context], mx.array], context: Context, negative_context: Context
 ) -> tuple[mx.array, mx.array]:
     """Both velocities of guidance, computed here."""
     velocity = velocity_for(context)
@@ -73,8 +93,8 @@ def guided_velocity(
     expert: Expert,
     latents: mx.array,
     timesteps: mx.array,
-    context: mx.array,
-    negative_context: mx.array,
+    context: Context,
+    negative_context: Context,
     image: mx.array | None = None,
     passes: Passes = one_after_the_other,
 ) -> mx.array:
@@ -82,10 +102,10 @@ def guided_velocity(
 
     A scale of 1 is the prompt alone and costs one pass instead of two. Shapes as in `WanTransformer`.
     """
-    transformer, guidance_scale, _ = expert
+    transformer, guidance_scale = expert[:2]
     known = () if image is None else (image,)
 
-    def velocity_for(context: mx.array) -> mx.array:
+    def velocity_for(context: Context) -> mx.array:
         return transformer(latents, timesteps, context, *known)
 
     if guidance_scale == 1:
@@ -120,6 +140,7 @@ def denoise(
         start = Point(0, _with_first(start, condition.first_frame), scheduler.init())
     done, latents, state, kept = start
     given = 0 if condition.first_frame is None else condition.first_frame.shape[1]
+    reader = _Reader(context, negative_context)
     for step, t in enumerate(scheduler.timesteps.tolist()[done:], start=done + 1):
         expert, is_last = expert_at(t), step == len(scheduler.timesteps)
         about = float(scheduler.sigmas[step - 1]), expert.guidance_scale, expert.number
@@ -127,7 +148,7 @@ def denoise(
             velocity, kept = reused(kept, about[0])
         else:
             inputs, timesteps = _inputs(latents, t, condition)
-            velocity = guided_velocity(expert, inputs, timesteps, context, negative_context, condition.image, passes)
+            velocity = _velocity(expert, reader, inputs, timesteps, condition.image, passes)
             if cache is not None:
                 kept = computed(kept, velocity, *about, given)
         del expert
@@ -147,6 +168,14 @@ def _inputs(latents: mx.array, t: float, condition: Condition) -> tuple[mx.array
         timesteps[:, : condition.first_frame.shape[1]] = 0
     inputs = latents if condition.channels is None else mx.concatenate([latents, condition.channels], axis=-1)
     return inputs, timesteps
+
+
+def _velocity(
+    expert: Expert, reader: _Reader, inputs: mx.array, timesteps: mx.array, image: mx.array | None, passes: Passes
+) -> mx.array:
+    """`guided_velocity` of the texts as this expert reads them."""
+    context, negative_context = reader.texts(expert)
+    return guided_velocity(expert, inputs, timesteps, context, negative_context, image, passes)
 
 
 def _check(latents: mx.array, step: int, steps: int) -> None:

@@ -330,12 +330,13 @@ def transformer_inputs(model: Dimensions, setting: Setting) -> list[mx.array]:
 
 
 def _denoise_work(model: Dimensions, setting: Setting, device: str) -> int:
-    config = replace(model.transformer, num_layers=min(model.transformer.num_layers, LAYERS))
+    config = replace(model.transformer, num_layers=1)  # each block is finished before the next begins
     inputs, latents = transformer_inputs(model, setting), _latents(model.vae, setting)
     module = WanTransformer(config, setting.dtype)
     named = _parameters(module, "transformer", model.quantization, setting.dtype)
     known = inputs[0].nbytes - latents.nbytes
-    held = LATENTS_HELD * latents.nbytes + 2 * known + 2 * inputs[2].nbytes
+    texts = 2 * 2 * model.transformer.num_layers * config.text_len * config.dim * setting.dtype.size  # keys, values
+    held = LATENTS_HELD * latents.nbytes + 2 * known + 2 * inputs[2].nbytes + texts
     return held + _module_peak(module, named, inputs, device)
 
 
