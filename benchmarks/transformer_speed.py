@@ -8,6 +8,7 @@ Weights and inputs are drawn from one hash, the same in every framework, and mat
 Each contestant is a process of its own: one call to warm up, then the median of the timed ones, and the peak memory of
 its own framework. Errors are relative (RMS) to the official code in float32 on float32 weights. The official code gets
 cuDNN's attention through PyTorch, its fastest here, and runs in bfloat16 under autocast as `generate.py` does.
+PyTorch has to be installed beside MLX for it.
 `--toy` tries everything on a small model, on the CPU if need be.
 """
 
@@ -89,10 +90,10 @@ def inputs(xp: Any, dims: dict[str, int], frames: int, rows: int, columns: int, 
 # --- contestants -------------------------------------------------------------------------------------------------
 
 
-def timed(call: Callable[[], Any], runs: int) -> list[float]:
-    """Seconds of `runs` calls, which return when they are done; if there are several, one more comes first."""
+def timed(call: Callable[[], Any], runs: int, warm: bool = True) -> list[float]:
+    """Seconds of `runs` calls, which return when they are done; warm: one more comes first."""
     seconds = []
-    if runs > 1:
+    if warm:
         call()
     for _ in range(runs):
         start = time.perf_counter()
@@ -211,7 +212,7 @@ def official(
         return out
 
     outs: list[Any] = []
-    seconds = timed(lambda: outs.append(call()), runs)
+    seconds = timed(lambda: outs.append(call()), runs, warm=not full)
     peak = torch.cuda.max_memory_allocated() if gpu else 0
     return {"seconds": seconds, "peak": peak, "version": f"PyTorch {torch.__version__}"}, np.moveaxis(
         outs[-1].float().cpu().numpy(), 0, -1
@@ -298,8 +299,7 @@ def scaling(args: argparse.Namespace) -> None:
     print("| tokens | median, s | peak, GiB |\n| ---: | ---: | ---: |", flush=True)
     for frames in FRAMES.values():
         grid = (frames, 2, 2) if args.toy else (frames, 22, 40)
-        runs = args.runs if frames < 40 else max(1, args.runs - 2)
-        row, _ = our_call(model, dims, grid, False, runs)
+        row, _ = our_call(model, dims, grid, False, args.runs)
         seconds, peak = statistics.median(row["seconds"]), row["peak"] / 2**30
         rows.append({"tokens": math.prod(grid), "seconds": seconds, "peak": peak})
         print(f"| {math.prod(grid):,} | {seconds:.3f} | {peak:.1f} |", flush=True)
@@ -327,14 +327,15 @@ def plot(args: argparse.Namespace) -> None:
     rows = found["rows"]
     linear, quadratic = fitted(rows)
     tokens = np.linspace(0, 1.05 * max(row["tokens"] for row in rows), 200)
+    thousands = [row["tokens"] / 1000 for row in rows]
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
-    left.plot([row["tokens"] for row in rows], [row["seconds"] for row in rows], "o", label="measured")
-    left.plot(tokens, linear * tokens + quadratic * tokens**2, label="both terms")
-    left.plot(tokens, linear * tokens, "--", label="linear term: matrices, norms")
-    left.set(xlabel="tokens", ylabel="seconds a call", title="TI2V-5B, one call, bfloat16")
+    left.plot(thousands, [row["seconds"] for row in rows], "o", label="measured")
+    left.plot(tokens / 1000, linear * tokens + quadratic * tokens**2, label="both terms")
+    left.plot(tokens / 1000, linear * tokens, "--", label="linear term: matrices, norms")
+    left.set(xlabel="thousand tokens", ylabel="seconds a call", title="TI2V-5B, one call, bfloat16")
     left.legend(frameon=False)
-    right.plot([row["tokens"] for row in rows], [row["peak"] for row in rows], "o-")
-    right.set(xlabel="tokens", ylabel="GiB", title="peak memory, weights included", ylim=(0, None))
+    right.plot(thousands, [row["peak"] for row in rows], "o-")
+    right.set(xlabel="thousand tokens", ylabel="GiB", title="peak memory, weights included", ylim=(0, None))
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(found["device"], fontsize=9)
@@ -350,7 +351,7 @@ def device_name() -> str:
         return "no NVIDIA GPU"
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Time one call of TI2V-5B's transformer.")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, function in (("compare", compare), ("scaling", scaling), ("contest", contest)):
@@ -369,7 +370,7 @@ def main() -> None:
     command.set_defaults(run=plot)
     command.add_argument("file")
     command.add_argument("picture")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     args.run(args)
 
 
