@@ -111,30 +111,31 @@ def make(recipe: Any, args: argparse.Namespace) -> int:
     """Runs a stage of training/tiny.py."""
     import mlx.core as mx
 
-    from mlx_wan.training.recipe import TransformerRecipe, check_same_run, describe, remember_run
+    from mlx_wan.training.recipe import TransformerRecipe, check_same_run, describe, processes_of, remember_run
 
     if isinstance(recipe, TransformerRecipe) != (args.vae is not None):
         need = "needs" if args.vae is None else "takes no"
         raise UserError(f"{args.config} {need} --vae, the folder of a finished autoencoder")
     world = mx.distributed.init()
-    facts = describe(recipe, world.size(), args.vae)
     check_free(args.run, args.resume, "--run")
+    processes = processes_of(args.run, args.resume)
+    facts = describe(recipe, processes, args.vae)
     if args.resume:
         check_same_run(args.run, facts)
     if world.rank() == 0:
         remember_run(args.run, facts)
         note_states(args.run, args.resume)
-    return finish(args.run, lambda: train(recipe, args))
+    return finish(args.run, lambda: train(recipe, args, processes))
 
 
-def train(recipe: Any, args: argparse.Namespace) -> Path:
+def train(recipe: Any, args: argparse.Namespace, processes: int) -> Path:
     """Runs the stage of the recipe; returns the folder of its result."""
     from mlx_wan.training.tiny import AutoencoderRecipe, train_autoencoder, train_transformer
 
     report = Reporter(recipe.train.steps)
     if isinstance(recipe, AutoencoderRecipe):
-        return train_autoencoder(recipe, args.run, args.resume, report)
-    return train_transformer(recipe, args.vae, args.run, args.resume, report)
+        return train_autoencoder(recipe, args.run, args.resume, report, processes)
+    return train_transformer(recipe, args.vae, args.run, args.resume, report, processes)
 
 
 # --- fine-tuning -----------------------------------------------------------------------------------------------------
