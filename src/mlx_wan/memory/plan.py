@@ -81,6 +81,7 @@ class Setting:
     pictures: int = 0
     tokens: int | None = None
     keep_both_experts: bool = False
+    begins: int = 1  # frames that are given at the beginning, of a video that goes on
 
 
 @dataclass(frozen=True)
@@ -265,7 +266,7 @@ def _work(model: Dimensions, setting: Setting, device: str) -> Iterator[tuple[st
     text_len = model.transformer.text_len
     yield "text", _text_work(model.text_encoder, min(setting.tokens or text_len, text_len), how, dtype, device)
     if setting.pictures:
-        frames = 1 if model.spec.task == "ti2v" else setting.num_frames
+        frames = setting.begins if model.spec.task == "ti2v" else setting.num_frames
         yield "image", _image_work(model.vae, size, frames, device)
         if model.image_encoder is not None:
             yield "tokens", _tokens_work(model.image_encoder, setting.pictures, dtype, device)
@@ -289,7 +290,7 @@ def _text_work(config: TextEncoderConfig, tokens: int, how: Quantization | None,
 
 @cache
 def _image_work(vae: VAEConfig | VAE21Config, size: tuple[int, int], frames: int, device: str) -> int:
-    """A TI2V model encodes one frame, others a video of the pictures and grey frames."""
+    """A TI2V model encodes the frames that are given, others a video of the pictures and grey frames."""
     width, height = size
     rest = vae.stride[0]
     pieces = [mx.zeros((1, n, height, width, 3)) for n in (1, *[rest] * min((frames - 1) // rest, 2))]
@@ -305,7 +306,7 @@ def _tokens_work(config: ImageEncoderConfig, pictures: int, dtype: mx.Dtype, dev
 
 
 def _denoise_work(model: Dimensions, setting: Setting, device: str) -> int:
-    config = replace(model.transformer, num_layers=min(model.transformer.num_layers, LAYERS))
+    config = replace(model.transformer, num_layers=1)  # each block is finished before the next begins
     latents = _latents(model.vae, setting)
     known = mx.zeros((*latents.shape[:-1], config.in_dim - latents.shape[-1]))
     context = mx.zeros((1, config.text_len, config.text_dim), setting.dtype)
@@ -316,7 +317,8 @@ def _denoise_work(model: Dimensions, setting: Setting, device: str) -> int:
         inputs.append(mx.zeros((1, setting.pictures * model.image_encoder.num_tokens, config.image_dim), setting.dtype))
     module = WanTransformer(config, setting.dtype)
     named = _parameters(module, "transformer", model.quantization, setting.dtype)
-    held = LATENTS_HELD * latents.nbytes + 2 * known.nbytes + 2 * context.nbytes
+    texts = 2 * 2 * model.transformer.num_layers * config.text_len * config.dim * setting.dtype.size  # keys, values
+    held = LATENTS_HELD * latents.nbytes + 2 * known.nbytes + 2 * context.nbytes + texts
     return held + _module_peak(module, named, inputs, device)
 
 

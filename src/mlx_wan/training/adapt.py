@@ -12,9 +12,9 @@ from mlx_wan.errors import CheckpointError, UserError
 from mlx_wan.lora.layers import PREFIX, DoRA, LoRALinear, LowRank, add_lora, linear_layers, lora_tensors
 from mlx_wan.lora.save import save_lora
 from mlx_wan.models.transformer import WanTransformer
-from mlx_wan.training.checkpoint import flat
 from mlx_wan.training.options import FinetuneRecipe
 from mlx_wan.weights.save import replacing
+from mlx_wan.weights.whole import flat
 
 ADAPTERS, CONFIG = "adapters.safetensors", "adapter_config.json"
 _BLOCK = re.compile(r"blocks\.(\d+)\.")

@@ -16,9 +16,9 @@ import mlx.core as mx
 from mlx_wan.conditioning import KNOWN_FRAMES, frame_to_image, image_tokens, known_channels
 from mlx_wan.errors import UserError
 from mlx_wan.text import Tokenizer, clean_prompt
-from mlx_wan.training.checkpoint import is_whole, write_arrays
 from mlx_wan.training.dataset import Clip, Skipped, read_clip
 from mlx_wan.weights.load import Checkpoint, load_image_encoder, load_text_encoder, load_vae
+from mlx_wan.weights.whole import is_whole, write_arrays
 
 VERSION = 1
 _REMEDY = "make room or choose another --cache, then start again"

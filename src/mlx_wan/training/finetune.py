@@ -20,7 +20,7 @@ from mlx_wan.models.transformer import FLOAT32_PARAMETERS, WanTransformer
 from mlx_wan.training.adapt import adapters_name, load_adapters, make_trainable, save_adapters
 from mlx_wan.training.buckets import batch_at
 from mlx_wan.training.cache import Cache, Cached, component_print, load_clip, load_context
-from mlx_wan.training.checkpoint import flat, newest_state, step_of
+from mlx_wan.training.checkpoint import newest_state, step_of
 from mlx_wan.training.objective import WEIGHTINGS, flow_loss, sample_sigmas
 from mlx_wan.training.plan import Plan, known
 from mlx_wan.training.recipe import check_same_run, processes_of, remember_run
@@ -29,6 +29,7 @@ from mlx_wan.training.validate import band_losses
 from mlx_wan.weights.fit import component_tensors
 from mlx_wan.weights.load import Checkpoint, load_transformer
 from mlx_wan.weights.save import module_tensors, native_config, write_native
+from mlx_wan.weights.whole import flat
 
 Preview = Callable[[WanTransformer, int, dict[str, mx.array]], None]
 

@@ -17,13 +17,13 @@ from mlx_wan.lora.fuse import EXPERTS, expert_part
 from mlx_wan.models.transformer import TransformerConfig, WanTransformer
 from mlx_wan.training.adapt import adapters_name, make_trainable, trainable_size
 from mlx_wan.training.buckets import Bucket
-from mlx_wan.training.checkpoint import flat
 from mlx_wan.training.dataset import Clip, Sampling, Skipped, Source, find_sources, plan_clips
 from mlx_wan.training.hub import default_cache, open_data
 from mlx_wan.training.options import FinetuneRecipe
 from mlx_wan.training.trainer import DTYPES, TrainConfig
 from mlx_wan.weights.load import Checkpoint, locate
 from mlx_wan.weights.quantize import quantize_module
+from mlx_wan.weights.whole import flat
 
 # Bytes that an optimizer keeps for each trained number, which is float32 as its weight and its gradient are.
 _OPTIMIZER_BYTES = {"adamw": 8, "adam": 8, "muon": 4, "lion": 4, "adafactor": 0, "sgd": 0}
