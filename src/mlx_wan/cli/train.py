@@ -127,9 +127,9 @@ def make(recipe: Any, args: argparse.Namespace) -> int:
     init = None
     if isinstance(recipe, TransformerRecipe) and args.init is not None:
         init = model_fingerprint(load_start(args.init, recipe, build_tokenizer()))
-    check_free(args.run, args.resume, "--run")
     processes = processes_of(args.run, args.resume)
     facts = describe(recipe, processes, args.vae, init)
+    check_free(args.run, args.resume, "--run")
     if args.resume:
         check_same_run(args.run, facts)
     if world.rank() == 0:
