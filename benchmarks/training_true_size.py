@@ -58,7 +58,6 @@ def mlx_steps(args, shape) -> None:
     import mlx.core as mx  # isort: skip
     from mlx.utils import tree_flatten
 
-    from mlx_wan.models import layers
     from mlx_wan.models.transformer import FLOAT32_PARAMETERS, TransformerConfig, WanTransformer
     from mlx_wan.training.adapt import make_trainable
     from mlx_wan.training.objective import flow_loss
@@ -67,8 +66,6 @@ def mlx_steps(args, shape) -> None:
 
     mx.set_memory_limit(min(mx.device_info().get("total_memory", 70 << 30), 70 << 30))
     mx.set_cache_limit(4 << 30)
-    if args.in_pieces:
-        layers._fused_backward = lambda q: False
     config = TransformerConfig(
         dim=args.dim, ffn_dim=args.dim * 14 // 3, num_heads=args.dim // 128, num_layers=args.layers
     )
@@ -189,7 +186,7 @@ def lora_beside(linear):
 
 
 def attention(shape, dim: int) -> None:
-    """One layer's attention, forward and backward: MLX's kernel with whole tiles, and our pieces.
+    """One layer's attention, forward and backward: MLX's own, filled up to whole tiles, and our pieces.
 
     One process a case, because one is lost if a kernel reads where it must not.
     """
@@ -198,7 +195,7 @@ def attention(shape, dim: int) -> None:
 
     tokens = shape[1] * shape[2] * shape[3] // 4
     for queries, keys in ((tokens, 512), (tokens, tokens), (320, 320), (320, 512)):
-        for way in ("tiles", "pieces"):
+        for way in ("MLX", "pieces"):
             code = _ATTENTION.format(queries=queries, keys=keys, dim=dim, way=way)
             done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
             said = done.stdout.strip() or (done.stderr.strip().splitlines() or ["nothing"])[-1]
@@ -209,13 +206,21 @@ _ATTENTION = """
 import mlx_wan, time
 import mlx.core as mx
 from mlx_wan.models import layers
-if "{way}" == "pieces":
-    layers._fused_backward = lambda q: False
+tile, heads, scale = 128, {dim} // 128, 128**-0.5
 arrays = [mx.random.normal((1, n, {dim})).astype(mx.bfloat16) for n in ({queries}, {keys}, {keys}, {queries})]
+def whole(x):
+    return mx.pad(x, [(0, 0), (0, -x.shape[1] % tile), (0, 0)])
+def attend(q, k, v):
+    if "{way}" == "pieces":
+        return layers.attend(q, k, v, heads, scale, in_pieces=True)
+    mask = mx.where(mx.arange({keys} + -{keys} % tile) < {keys}, 0.0, -1e30).astype(q.dtype)[None, None, None]
+    mask = mask if {keys} % tile else None
+    return layers.attend(whole(q), whole(k), whole(v), heads, scale, mask=mask)[:, :{queries}]
 def loss(q, k, v, probe, precise=False):
     if precise:
         q, k, v, probe = (a.astype(mx.float32) for a in (q, k, v, probe))
-    return (layers.attend(q, k, v, {dim} // 128, 128**-0.5, in_pieces=not precise) * probe).astype(mx.float32).sum()
+        return (layers.attend(q, k, v, heads, scale) * probe).sum()
+    return (attend(q, k, v) * probe).astype(mx.float32).sum()
 step = mx.grad(loss, argnums=(0, 1, 2))
 mx.eval(arrays, step(*arrays), step(*arrays))
 mx.reset_peak_memory()

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_wan.errors import CheckpointError, WanError
+from mlx_wan.errors import CheckpointError, UserError, WanError
 from mlx_wan.training.checkpoint import newest_state
 from mlx_wan.training.trainer import OPTIMIZERS, TrainConfig, Trainer, in_compute_dtype, learning_rates
 
@@ -45,11 +45,11 @@ def batch_at(index):
     return {"x": mx.array(x), "y": mx.array(x @ TARGET)}
 
 
-def trainer(folder, loss=loss, **changes):
+def trainer(folder, loss=loss, processes=None, **changes):
     values = {"steps": 6, "batch_size": 8, "learning_rate": 0.01, "warmup_steps": 2, "compile": False}
     values |= {"report_every": 1, "save_every": 2, "ema_decay": 0.9}
     mx.random.seed(5)
-    return Trainer(Toy(), loss, TrainConfig(**{**values, **changes}), Path(folder))
+    return Trainer(Toy(), loss, TrainConfig(**{**values, **changes}), Path(folder), processes=processes)
 
 
 def weights(tree):
@@ -408,6 +408,7 @@ def test_gradients_reach_float32_weights_through_the_cast():
 
 # --- several processes -----------------------------------------------------------------------------------------------
 
+STRAIGHT = {"save_every": 100, "optimizer": "muon"}
 SCRIPT = """
 import os, signal, sys
 sys.path.insert(0, {here!r})
@@ -416,14 +417,16 @@ import mlx.core as mx
 mx.set_default_device(mx.cpu)
 import test_trainer as t
 folder, stop_at = sys.argv[1], int(sys.argv[2])
-rank = mx.distributed.init(strict=True).rank()
+world = mx.distributed.init(strict="MLX_HOSTFILE" in os.environ)
+rank = world.rank()
 
 def batch_at(index):
-    if stop_at and rank == 1 and index // 2 == stop_at:
-        os.kill(os.getpid(), signal.SIGTERM)  # one of the two is enough
+    if stop_at and rank == world.size() - 1 and index == stop_at * run.batches_a_step + rank:
+        os.kill(os.getpid(), signal.SIGTERM)  # one of them is enough
     return t.batch_at(index)
 
-run = t.trainer(folder, save_every=100, optimizer="muon")
+processes, accumulated = int(sys.argv[3]) or None, int(sys.argv[4])
+run = t.trainer(folder, processes=processes, grad_accumulation_steps=accumulated, **t.STRAIGHT)
 resumed = run.resume()
 try:
     run.fit(batch_at)
@@ -433,9 +436,9 @@ mx.save_safetensors(f"{{folder}}-{{rank}}.safetensors", dict(t.tree_flatten(run.
 """
 
 
-def launch(tmp_path, folder, stop_at=0):
-    """Runs SCRIPT as two processes over the ring backend; their outputs."""
-    holders = [socket.socket() for _ in range(2)]
+def launch(tmp_path, folder, stop_at=0, count=2, begun=0, accumulated=1):
+    """Runs SCRIPT as `count` processes over the ring backend; their outputs. begun: the trainer's `processes`."""
+    holders = [socket.socket() for _ in range(count)]
     for holder in holders:
         holder.bind(("127.0.0.1", 0))
     hosts = [[f"127.0.0.1:{holder.getsockname()[1]}"] for holder in holders]
@@ -445,20 +448,21 @@ def launch(tmp_path, folder, stop_at=0):
     script = SCRIPT.format(here=str(Path(__file__).parent))
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", script, str(tmp_path / folder), str(stop_at)],
-            env={**os.environ, "MLX_RANK": str(rank), "MLX_HOSTFILE": str(tmp_path / "hosts.json")},
+            [sys.executable, "-c", script, str(tmp_path / folder), *map(str, (stop_at, begun, accumulated))],
+            env=os.environ
+            | ({"MLX_RANK": str(rank), "MLX_HOSTFILE": str(tmp_path / "hosts.json")} if count > 1 else {}),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for rank in range(2)
+        for rank in range(count)
     ]
     try:
         outputs = [process.communicate(timeout=120) for process in processes]
     finally:
         for process in processes:
             process.kill()
-    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert [process.returncode for process in processes] == [0] * count, outputs
     return [out for out, _ in outputs]
 
 
@@ -483,3 +487,29 @@ def test_two_processes_share_the_work_and_stop_and_resume_together(tmp_path):
     launch(tmp_path, "run")
     for rank in range(2):
         assert_same(mx.load(str(tmp_path / f"run-{rank}.safetensors")), ranks[rank])
+
+
+@pytest.mark.parametrize(
+    ("begun", "accumulated", "counts"),
+    [(2, 1, (2, 1)), (1, 2, (1, 2)), (3, 1, (3, 2))],
+)
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path, begun, accumulated, counts):
+    """The same batches make a step: the result is that of a run in one process, within the rounding of sums."""
+    straight = trainer(tmp_path / "straight", processes=begun, **STRAIGHT | {"grad_accumulation_steps": accumulated})
+    straight.fit(batch_at)
+    launch(tmp_path, "run", 2, counts[0], begun, accumulated)
+    stopped = "state-00000004" if counts[0] > 1 else "state-00000003"  # alone, a process need not ask the others
+    assert newest_state(tmp_path / "run").stem == stopped
+    launch(tmp_path, "run", 0, counts[1], begun, accumulated)
+    found = weights(mx.load(str(tmp_path / "run-0.safetensors")))
+    for name, array in weights(straight.state()).items():
+        np.testing.assert_allclose(found[name], array, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def test_more_processes_than_batches_are_refused(tmp_path, monkeypatch):
+    class World:
+        size, rank = staticmethod(lambda: 3), staticmethod(lambda: 0)
+
+    monkeypatch.setattr(mx.distributed, "init", World)
+    with pytest.raises(UserError, match="a step of this run has 2 batches, too few for 3 processes"):
+        trainer(tmp_path, processes=2)

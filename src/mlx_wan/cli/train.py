@@ -113,7 +113,7 @@ def make(recipe: Any, args: argparse.Namespace) -> int:
     import mlx.core as mx
 
     from mlx_wan.fingerprint import model_fingerprint
-    from mlx_wan.training.recipe import TransformerRecipe, check_same_run, describe, remember_run
+    from mlx_wan.training.recipe import TransformerRecipe, check_same_run, describe, processes_of, remember_run
     from mlx_wan.training.tiny import build_tokenizer, load_start
 
     given = [f"--{name}" for name in ("vae", "init") if getattr(args, name) is not None]
@@ -127,24 +127,25 @@ def make(recipe: Any, args: argparse.Namespace) -> int:
     init = None
     if isinstance(recipe, TransformerRecipe) and args.init is not None:
         init = model_fingerprint(load_start(args.init, recipe, build_tokenizer()))
-    facts = describe(recipe, world.size(), args.vae, init)
+    processes = processes_of(args.run, args.resume)
+    facts = describe(recipe, processes, args.vae, init)
     check_free(args.run, args.resume, "--run")
     if args.resume:
         check_same_run(args.run, facts)
     if world.rank() == 0:
         remember_run(args.run, facts)
         note_states(args.run, args.resume)
-    return finish(args.run, lambda: train(recipe, args))
+    return finish(args.run, lambda: train(recipe, args, processes))
 
 
-def train(recipe: Any, args: argparse.Namespace) -> Path:
+def train(recipe: Any, args: argparse.Namespace, processes: int) -> Path:
     """Runs the stage of the recipe; returns the folder of its result."""
     from mlx_wan.training.tiny import AutoencoderRecipe, train_autoencoder, train_transformer
 
     report = Reporter(recipe.train.steps)
     if isinstance(recipe, AutoencoderRecipe):
-        return train_autoencoder(recipe, args.run, args.resume, report)
-    return train_transformer(recipe, args.vae, args.run, args.resume, report, args.init)
+        return train_autoencoder(recipe, args.run, args.resume, report, processes)
+    return train_transformer(recipe, args.vae, args.run, args.resume, report, args.init, processes)
 
 
 # --- fine-tuning -----------------------------------------------------------------------------------------------------

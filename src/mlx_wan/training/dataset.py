@@ -20,9 +20,12 @@ from mlx_wan.video import probe_video, read_frames, read_image
 VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".m4v", ".avi", ".gif")
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 SAMPLINGS = ("head", "uniform", "slide")
-SPLITS = ("train", "valid")
-# Columns of a row: one of each pair.
+SPLITS = {"train": ("train",), "valid": ("valid", "validation")}  # and what they are called
+# Columns of a row: one of each pair. And those of tables that came with a data set of others, whose further columns
+# are passed over: metadata.jsonl and metadata.csv beside the files, parquet.
 _MEDIA, _TEXT = ("video", "image"), ("caption", "prompt")
+MEDIA, TEXT = ("video", "image", "file_name", "mp4", "jpg", "png"), ("caption", "prompt", "text")
+METADATA = ("metadata.jsonl", "metadata.csv")
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,10 @@ def find_sources(data: Path, split: str = "train") -> tuple[list[Source], list[S
         data: a .jsonl or .csv file (for "train"), or a folder with train.jsonl or train.csv, with a folder train/, or
             with the files themselves, in subfolders too. Rows name `video` or `image`, relative to their file, and
             `caption` or `prompt`; in folders the caption of a.mp4 is a.txt beside it.
-        split: "train" or "valid": valid.jsonl, valid.csv or valid/; with none of these there is nothing to validate.
+            A folder with metadata.jsonl or metadata.csv, as the Hub's image and video folders have, is read by that:
+            `file_name` and `caption`, `prompt` or `text`, and other columns are passed over.
+        split: "train" or "valid": valid.jsonl, valid.csv or valid/, or the same called validation; with none of these
+            there is nothing to validate.
 
     Raises:
         UserError: nothing there, two that contradict each other, or a table with wrong columns.
@@ -127,21 +133,26 @@ def find_sources(data: Path, split: str = "train") -> tuple[list[Source], list[S
         return _read_table(data) if split == "train" else ([], [])
     if not data.is_dir():
         raise UserError(f"{data}: no such folder or file; give --data a folder of clips, a .jsonl or a .csv")
-    found = [path for path in (data / f"{split}.jsonl", data / f"{split}.csv", data / split) if path.exists()]
+    names = SPLITS[split]
+    found = [path for name in names for path in (data / f"{name}.jsonl", data / f"{name}.csv", data / name)]
+    found = [path for path in found if path.exists()]
     if len(found) > 1:
         raise UserError(f"{data}: has both {found[0].name} and {found[1].name}; keep one")
     if found:
         return _read_folder(found[0]) if found[0].is_dir() else _read_table(found[0])
-    return _read_folder(data, without=data / "valid") if split == "train" else ([], [])
+    return _read_folder(data, without=tuple(data / name for name in SPLITS["valid"])) if split == "train" else ([], [])
 
 
-def _read_folder(folder: Path, without: Path | None = None) -> tuple[list[Source], list[Skipped]]:
+def _read_folder(folder: Path, without: tuple[Path, ...] = ()) -> tuple[list[Source], list[Skipped]]:
+    tables = [folder / name for name in METADATA if (folder / name).is_file()]
+    if tables:
+        return _read_table(tables[0])
     sources: list[Source] = []
     skipped: list[Skipped] = []
     files = sorted(path for path in folder.rglob("*") if path.is_file() and not _hidden(path.relative_to(folder)))
     for path in files:
         kind = _kind(path)
-        if kind is None or (without is not None and without in path.parents):
+        if kind is None or not set(without).isdisjoint(path.parents):
             continue
         text = path.with_suffix(".txt")
         if not text.is_file():
@@ -176,7 +187,7 @@ def _read_table(path: Path) -> tuple[list[Source], list[Skipped]]:
     skipped: list[Skipped] = []
     try:
         for line, row in readers[path.suffix.lower()](path):
-            source = _row(path, line, row)
+            source = _row(path, line, _own_columns(path, line, row) if path.name in METADATA else row)
             if source.path.is_file():
                 sources.append(source)
             else:
@@ -204,6 +215,22 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, Any]]:
             if None in row or None in row.values():
                 raise UserError(f"{path}: line {reader.line_num} has another number of columns than the first")
             yield reader.line_num, {name: value for name, value in row.items() if value}
+
+
+def _own_columns(path: Path, line: int, row: Any) -> Any:
+    """A row of a table of others in our words: what `file_name` is shows in its ending."""
+    if not isinstance(row, dict):
+        return row
+    ours = {name: row[name] for name in (*_MEDIA, *_TEXT) if name in row}
+    file = row.get("file_name")
+    if isinstance(file, str):
+        kind = _kind(Path(file))
+        if kind is None:
+            raise UserError(f"{path}: line {line}: {file} is neither a video nor a picture by its name")
+        ours[kind] = file
+    if "text" in row and not ours.keys() & set(_TEXT):
+        ours["caption"] = row["text"]
+    return ours
 
 
 def _row(path: Path, line: int, row: Any) -> Source:

@@ -12,6 +12,7 @@ from mlx_wan.lora.fuse import EXPERTS, Adapters
 from mlx_wan.lora.load import read_lora, transformer_shapes
 from mlx_wan.training.cache import Cache, Cached, load_clip, load_context
 from mlx_wan.training.dataset import Skipped, find_sources, plan_clips, read_clip
+from mlx_wan.training.hub import open_data
 from mlx_wan.training.objective import psnr
 from mlx_wan.training.options import FinetuneRecipe
 from mlx_wan.training.plan import expert_sigmas, resolve, sampling, without_pictures
@@ -55,10 +56,11 @@ def evaluate(
     for path in adapters:
         loras.add(read_lora(path, transformer_shapes(checkpoint.transformer_config)), None, 1.0)
     split, skipped = "valid", []
-    sources, missing = find_sources(Path(str(recipe.data)), split)
+    data = open_data(str(recipe.data), Path(str(recipe.cache)))
+    sources, missing = find_sources(data, split)
     if not sources:
         split = "train"
-        sources, missing = find_sources(Path(str(recipe.data)), split)
+        sources, missing = find_sources(data, split)
     sources, pictures = without_pictures(sources, checkpoint)
     clips, unusable = plan_clips(sources, sampling(recipe, checkpoint))
     skipped = [*missing, *pictures, *unusable]

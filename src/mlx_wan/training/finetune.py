@@ -23,7 +23,7 @@ from mlx_wan.training.cache import Cache, Cached, component_print, load_clip, lo
 from mlx_wan.training.checkpoint import newest_state, step_of
 from mlx_wan.training.objective import WEIGHTINGS, flow_loss, sample_sigmas
 from mlx_wan.training.plan import Plan, known
-from mlx_wan.training.recipe import check_same_run, remember_run
+from mlx_wan.training.recipe import check_same_run, processes_of, remember_run
 from mlx_wan.training.trainer import Batch, Numbers, Trainer
 from mlx_wan.training.validate import band_losses
 from mlx_wan.weights.fit import component_tensors
@@ -110,8 +110,8 @@ def load_trainable(plan: Plan) -> WanTransformer:
     return transformer
 
 
-def make_trainer(plan: Plan, examples: Examples) -> Trainer:
-    """The trainer of a plan, at step 0."""
+def make_trainer(plan: Plan, examples: Examples, processes: int | None = None) -> Trainer:
+    """The trainer of a plan, at step 0. processes: with how many the run was begun."""
     recipe = plan.recipe
     weight = WEIGHTINGS[recipe.weighting]
     spread = (recipe.sigma_sampling, recipe.logit_mean, recipe.logit_std, plan.sigmas)
@@ -127,7 +127,7 @@ def make_trainer(plan: Plan, examples: Examples) -> Trainer:
         return each.mean(), {"each": each}
 
     folder = Path(recipe.adapter_path)
-    return Trainer(load_trainable(plan), loss, plan.train, folder, FLOAT32_PARAMETERS, examples.names)
+    return Trainer(load_trainable(plan), loss, plan.train, folder, FLOAT32_PARAMETERS, examples.names, processes)
 
 
 def run(
@@ -152,14 +152,15 @@ def run(
     recipe, folder = plan.recipe, Path(plan.recipe.adapter_path)
     result = folder / ("model" if recipe.fine_tune_type == "full" else adapters_name(recipe))
     training, validation = fill_cache(plan, progress)
-    facts = describe(plan, training)
+    processes = processes_of(folder, resume)
+    facts = describe(plan, training, processes)
     if resume:
         check_same_run(folder, facts)
         newest = newest_state(folder)
         if newest is not None and step_of(newest) >= recipe.iters and result.exists():
             return result, training.skipped
     examples = Examples(plan, training)
-    trainer = make_trainer(plan, examples)
+    trainer = make_trainer(plan, examples, processes)
     if trainer.is_first:
         folder.mkdir(parents=True, exist_ok=True)
         remember_run(folder, facts)
@@ -218,7 +219,7 @@ def previewing(trainer: Trainer, examples: Examples, preview: Preview | None) ->
     return visit
 
 
-def describe(plan: Plan, cached: Cached) -> dict[str, Any]:
+def describe(plan: Plan, cached: Cached, processes: int) -> dict[str, Any]:
     """All that decides a run's weights, as JSON has it."""
     files = [file.name for _, file in cached.latents]
     captions = [cached.texts[clip.source.caption].name for clip, _ in cached.latents]
@@ -227,7 +228,7 @@ def describe(plan: Plan, cached: Cached) -> dict[str, Any]:
         "finetune": asdict(plan.recipe),
         "transformer": component_print(plan.checkpoint, plan.part, asdict(plan.checkpoint.transformer_config)),
         "clips": hashlib.sha256(json.dumps([files, captions]).encode()).hexdigest(),
-        "processes": mx.distributed.init().size(),
+        "processes": processes,
     }
     return json.loads(json.dumps(facts))
 

@@ -39,7 +39,7 @@ class FinetuneRecipe:
     """
 
     model: str | None = _option(None, "checkpoint folder, Hub id or tiny; quantized: QLoRA")
-    data: str | None = _option(None, "folder of clips, .jsonl or .csv")
+    data: str | None = _option(None, "folder of clips, .jsonl, .csv, or a data set of the Hub: OWNER/NAME")
     adapter_path: str = _option("adapters", "folder of the run: adapters, states, log")
 
     fine_tune_type: str = _option("lora", "lora, dora or full")

@@ -18,6 +18,7 @@ from mlx_wan.models.transformer import TransformerConfig, WanTransformer
 from mlx_wan.training.adapt import adapters_name, make_trainable, trainable_size
 from mlx_wan.training.buckets import Bucket
 from mlx_wan.training.dataset import Clip, Sampling, Skipped, Source, find_sources, plan_clips
+from mlx_wan.training.hub import default_cache, open_data
 from mlx_wan.training.options import FinetuneRecipe
 from mlx_wan.training.trainer import DTYPES, TrainConfig
 from mlx_wan.weights.load import Checkpoint, locate
@@ -153,8 +154,9 @@ def make_plan(recipe: FinetuneRecipe) -> Plan:
     """Finds out what `recipe` means for its model and data. UserError or CheckpointError if it cannot work."""
     checkpoint = locate(str(recipe.model))
     recipe = resolve(recipe, checkpoint)
-    sources, skipped = find_sources(Path(str(recipe.data)))
-    valid, more = find_sources(Path(str(recipe.data)), "valid")
+    data = open_data(str(recipe.data), Path(str(recipe.cache)))
+    sources, skipped = find_sources(data)
+    valid, more = find_sources(data, "valid")
     if not valid and recipe.hold_out:
         sources, valid = hold_out(sources, recipe.hold_out)
     sources, pictures = without_pictures(sources, checkpoint)
@@ -186,7 +188,6 @@ def resolve(recipe: FinetuneRecipe, checkpoint: Checkpoint) -> FinetuneRecipe:
     """The recipe with the model's values, and the device's, where it had none; checked against the model."""
     spec, device = checkpoint.spec, backend.default_dtype()
     check_model(recipe, checkpoint)
-    data = Path(str(recipe.data))
     recipe = replace(
         recipe,
         width=recipe.width or spec.width,
@@ -198,7 +199,7 @@ def resolve(recipe: FinetuneRecipe, checkpoint: Checkpoint) -> FinetuneRecipe:
         preview_steps=recipe.preview_steps or spec.num_inference_steps,
         dtype=recipe.dtype or str(device).removeprefix("mlx.core."),
         compile=_compiles_fast() if recipe.compile is None else recipe.compile,
-        cache=recipe.cache or str((data if data.is_dir() else data.parent) / ".mlx-wan-cache"),
+        cache=recipe.cache or str(default_cache(str(recipe.data))),
     )
     step_w, step_h = checkpoint.size_steps
     stride = checkpoint.vae_config.stride[0]

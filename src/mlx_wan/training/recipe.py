@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import yaml
 
 from mlx_wan.errors import UserError
@@ -291,6 +292,16 @@ def check_same_run(folder: Path, facts: dict[str, Any]) -> None:
             f"{folder} was started with another recipe: {name} was {then.get(name)!r} and is {now.get(name)!r} now; "
             "go on with the old value, or choose another --run"
         )
+
+
+def processes_of(folder: Path, resume: bool) -> int:
+    """With how many processes the run in `folder` was begun; of a new one, how many there are now."""
+    now = mx.distributed.init().size()
+    try:
+        before = json.loads((folder / RUN_FILE).read_text())["processes"] if resume else now
+    except (OSError, ValueError, KeyError, TypeError):
+        return now  # nothing to go by; `check_same_run` complains of a file that cannot be read
+    return before if isinstance(before, int) and before > 0 else now
 
 
 def remember_run(folder: Path, facts: dict[str, Any]) -> None:

@@ -68,9 +68,12 @@ def reconstruction_mse(vae: WanVAE22, video: mx.array) -> mx.array:
     return mx.square(back - video).mean(axis=(1, 2, 3, 4))
 
 
-def autoencoder_trainer(recipe: AutoencoderRecipe, folder: Path) -> tuple[Trainer, Callable, Callable]:
-    """(trainer, batch_at, evaluate) of stage one."""
+def autoencoder_trainer(
+    recipe: AutoencoderRecipe, folder: Path, processes: int | None = None
+) -> tuple[Trainer, Callable, Callable]:
+    """(trainer, batch_at, evaluate) of stage one. processes: see `Trainer`."""
     config, clips = recipe.train, recipe.clips
+    began = processes or mx.distributed.init().size()
     mx.random.seed(config.seed)
     vae = WanVAE22(recipe.model)
     vae.init_weights()
@@ -85,7 +88,7 @@ def autoencoder_trainer(recipe: AutoencoderRecipe, folder: Path) -> tuple[Traine
         if recipe.crops is None:
             return {"whole": mx.array(sample_batch(rng, config.batch_size)[1])}
         # Counted from 1, and so that processes that share a step share the kind of its batch.
-        if (index // mx.distributed.init().size() + 1) % recipe.whole_every == 0:
+        if (index // began + 1) % recipe.whole_every == 0:
             return {"whole": mx.array(sample_batch(rng, recipe.whole_batch)[1])}
         params = sample_batch(rng, config.batch_size)[1]
         return {"cropped": mx.array(crop(params, rng, recipe.crops.width / clips.width))}
@@ -99,7 +102,7 @@ def autoencoder_trainer(recipe: AutoencoderRecipe, folder: Path) -> tuple[Traine
         scores = [psnr(v) for v in values]
         return {"val_psnr": sum(scores) / len(scores), "val_psnr_min": min(scores)}
 
-    return Trainer(vae, loss, config, folder), batch_at, evaluate
+    return Trainer(vae, loss, config, folder, processes=began), batch_at, evaluate
 
 
 def latent_statistics(
@@ -145,12 +148,14 @@ def load_autoencoder(folder: Path) -> WanVAE22:
     return vae
 
 
-def train_autoencoder(recipe: AutoencoderRecipe, folder: Path, resume: bool, report: Callable) -> Path:
+def train_autoencoder(
+    recipe: AutoencoderRecipe, folder: Path, resume: bool, report: Callable, processes: int | None = None
+) -> Path:
     """Stage one, whole; returns the folder of the finished autoencoder. A finished run is left as it is."""
     result = folder / "vae"
     if resume and _is_finished(folder, recipe.train.steps) and (result / "vae.json").exists():
         return result
-    trainer, batch_at, evaluate = autoencoder_trainer(recipe, folder)
+    trainer, batch_at, evaluate = autoencoder_trainer(recipe, folder, processes)
     if resume:
         trainer.resume()
     trainer.fit(batch_at, evaluate, report)
@@ -225,19 +230,28 @@ def load_start(where: str | Path, recipe: TransformerRecipe, tokenizer: Tokenize
 
 
 def transformer_trainer(
-    recipe: TransformerRecipe, vae: WanVAE22, tokenizer: Tokenizer, folder: Path, start: Checkpoint | None = None
+    recipe: TransformerRecipe,
+    vae: WanVAE22,
+    tokenizer: Tokenizer,
+    folder: Path,
+    start: Checkpoint | None = None,
+    processes: int | None = None,
 ) -> tuple[Trainer, Callable, Callable]:
-    """(trainer, batch_at, evaluate) of stage two, from fresh weights or those of `start`."""
+    """(trainer, batch_at, evaluate) of stage two, from fresh weights or those of `start`. processes: see `Trainer`."""
     config, text_len = recipe.train, recipe.transformer.text_len
     mx.random.seed(config.seed)
     model = TextToVideo(recipe)
     if start is not None:
         model.transformer.update(load_transformer(start, config.dtype, weights=mx.float32).parameters())
         model.text_encoder.update(load_text_encoder(start, mx.float32).parameters())
-    # Every process draws and encodes its own share.
+    # Every process the run began with drew and encoded its own share; these are the shares of this one's batches.
     world = mx.distributed.init()
-    seed, share = config.seed * world.size() + world.rank(), recipe.pool // world.size()
-    pool, pool_ids = encode_pool(vae, tokenizer, recipe, seed, share, held_out=False)
+    began = processes or world.size()
+    batches = range(world.rank(), began * config.grad_accumulation_steps, world.size())
+    pools = {
+        part: encode_pool(vae, tokenizer, recipe, config.seed * began + part, recipe.pool // began, held_out=False)
+        for part in sorted({batch % began for batch in batches})
+    }
     empty = tokenise(tokenizer, [""], text_len)[0]
 
     def losses(model: Any, batch: Batch, key: mx.array) -> mx.array:
@@ -251,8 +265,9 @@ def transformer_trainer(
     def loss(model: nn.Module, batch: Batch, key: mx.array):
         return losses(model, batch, key).mean(), {}
 
-    def batch_at(step: int) -> Batch:
-        rng = np.random.default_rng([config.seed, step])
+    def batch_at(number: int) -> Batch:
+        pool, pool_ids = pools[number % began]
+        rng = np.random.default_rng([config.seed, number])
         index = rng.integers(len(pool_ids), size=config.batch_size)
         ids = pool_ids[index, rng.integers(recipe.captions, size=config.batch_size)]
         ids = np.where(rng.random((config.batch_size, 1)) < recipe.caption_dropout, empty, ids)
@@ -274,7 +289,7 @@ def transformer_trainer(
             values.append(losses(model, batch, mx.random.key(start)).mean().item())
         return {"val_loss": sum(values) / len(values)}
 
-    trainer = Trainer(model, loss, config, folder, ("text_encoder.", *FLOAT32_PARAMETERS))
+    trainer = Trainer(model, loss, config, folder, ("text_encoder.", *FLOAT32_PARAMETERS), processes=began)
     return trainer, batch_at, evaluate
 
 
@@ -285,6 +300,7 @@ def train_transformer(
     resume: bool,
     report: Callable,
     init: str | Path | None = None,
+    processes: int | None = None,
 ) -> Path:
     """Stage two, whole; returns the folder of the finished model in the native layout. A finished run is left alone.
 
@@ -299,7 +315,7 @@ def train_transformer(
     start = None if init is None else load_start(init, recipe, tokenizer)
     vae: WanVAE22 = load_autoencoder(vae_folder) if vae_folder else load_vae(start)  # type: ignore[assignment, arg-type]
     recipe.check_autoencoder(vae.config)
-    trainer, batch_at, evaluate = transformer_trainer(recipe, vae, tokenizer, folder, start)
+    trainer, batch_at, evaluate = transformer_trainer(recipe, vae, tokenizer, folder, start, processes)
     if resume:
         trainer.resume()
     trainer.fit(batch_at, evaluate, report)

@@ -2,7 +2,8 @@
 
 Weights, gradients and optimizer are float32; the loss sees weights cast to the compute dtype. Batch and random key of
 a step follow from the seed and the step alone, so a run that was interrupted goes on exactly as if it had not been.
-Under `mlx.launch -n N` every process takes its own batches, gradients are averaged, and the first process writes.
+Under `mlx.launch -n N` every process takes its own batches, gradients are averaged, and the first process writes. How
+many batches make a step is the run's, whatever the number of processes that go on with it.
 """
 
 import json
@@ -237,6 +238,8 @@ class Trainer:
         folder: where states and `log.jsonl` go.
         float32: parts of names of parameters that the compute dtype leaves alone.
         names: batch number -> what its clips are called, for messages.
+        processes: with how many the run was begun; each had `grad_accumulation_steps` batches a step. Now there may be
+            fewer or more, up to one a batch; None: as many as there are.
 
     Frozen parameters of the model are left alone, in whatever type they are, and are no part of a state.
     """
@@ -249,9 +252,16 @@ class Trainer:
         folder: Path,
         float32: tuple[str, ...] = (),
         names: Callable[[int], Sequence[str]] = lambda index: (),
+        processes: int | None = None,
     ):
         self.model, self.config, self.folder, self._names = model, config, folder, names
         self.world = mx.distributed.init()
+        self.batches_a_step = config.grad_accumulation_steps * (processes or self.world.size())
+        if self.world.size() > self.batches_a_step:
+            raise UserError(
+                f"a step of this run has {self.batches_a_step} batches, too few for {self.world.size()} processes; "
+                f"go on with {self.batches_a_step} or fewer"
+            )
         self.optimizer = make_optimizer(config)
         self.optimizer.init(model.trainable_parameters())
         self.ema = {"weights": self._average(None)}
@@ -280,7 +290,7 @@ class Trainer:
 
     def _accumulate(self, batch: Batch, key: mx.array, sums: Any) -> tuple[Numbers, Any]:
         (loss, parts), grads = self._value_and_grad(self.model, batch, key)
-        share = 1 / self.config.grad_accumulation_steps
+        share = self.world.size() / self.batches_a_step  # processes are averaged over afterwards
         return {"loss": loss, **parts}, tree_map(lambda s, g: s + share * g, sums, grads)
 
     def _move(self, grads: Any) -> mx.array:
@@ -308,7 +318,7 @@ class Trainer:
         """
         batches = self._batches(self.step)
         keys = [mx.random.key(self.config.seed * 1_000_003 + index) for index in batches]
-        if len(batches) == 1:
+        if self.batches_a_step == self.world.size():
             return self._whole_step(batch_at(batches[0]), keys[0])
         sums = tree_map(mx.zeros_like, self.model.trainable_parameters())
         rows = []
@@ -322,8 +332,8 @@ class Trainer:
 
     def _batches(self, step: int) -> list[int]:
         """Numbers of the batches that this process takes for a step."""
-        count = self.config.grad_accumulation_steps
-        return [(step * count + i) * self.world.size() + self.world.rank() for i in range(count)]
+        count = self.batches_a_step
+        return list(range(step * count + self.world.rank(), (step + 1) * count, self.world.size()))
 
     def state(self) -> dict[str, Any]:
         """All that a later run needs to go on."""
@@ -416,7 +426,7 @@ class Trainer:
         return {
             "learning_rate": _number(self.optimizer.learning_rate),
             "steps_per_s": rate,
-            "clips_per_s": rate * config.batch_size * config.grad_accumulation_steps * self.world.size(),
+            "clips_per_s": rate * config.batch_size * self.batches_a_step,
             "peak_gib": mx.get_peak_memory() / 2**30,
         }
 

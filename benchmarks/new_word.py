@@ -1,0 +1,165 @@
+"""Teaches a model of the little world a colour it has no word for, from at most 40 clips, and measures what came of it.
+
+    uv run python benchmarks/new_word.py runs/new-word       # the embedded model: LoRA, and QLoRA over 4 bits
+    uv run python benchmarks/new_word.py runs/new-word --ways lora --prompts 20 --iters 50
+
+The word is "ivory": no caption of the training had it. Its colour was one of the backgrounds there, so that the
+autoencoder can show it, and never a shape's. Clips are drawn: some show ivory shapes, the others old colours, which
+keeps the old words. A judge without a network (training/judge.py) looks at clips of prompts with ivory in combinations
+of shape and motion that the clips did not show, and at the held-out prompts with the old colours, before and after.
+Recipe: recipes/new-word.yaml.
+"""
+
+import argparse
+import json
+import random
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import mlx_wan  # noqa: F401  first: it chooses the BLAS before mlx.core is loaded
+
+import mlx.core as mx  # isort: skip
+import numpy as np
+
+from mlx_wan.errors import WanError
+from mlx_wan.outputs import open_output
+from mlx_wan.pipeline import WanPipeline, to_uint8
+from mlx_wan.training.captions import caption
+from mlx_wan.training.finetune import run
+from mlx_wan.training.judge import judge
+from mlx_wan.training.plan import make_plan
+from mlx_wan.training.recipe import read_recipe
+from mlx_wan.training.scenes import encode_scenes, render
+from mlx_wan.training.world import CLIP_FPS, COLOURS, MOTIONS, SHAPES, Scene, sample_scene
+from mlx_wan.weights.convert import convert
+from mlx_wan.weights.locate import locate
+
+WORD, RGB = "ivory", (235, 220, 190)  # over 100 from every other colour
+BEHIND = ("black", "gray", "navy", "brown")  # over 100 from these backgrounds
+CLIPS, OLD = 40, 20  # of the clips so many show old colours
+RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "new-word.yaml"
+WAYS = {"lora": None, "qlora": 4}  # bits of the model that is trained
+RATES = ("colour", "shape", "motion", "all")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Teach a model of the little world a new word, and judge it.")
+    parser.add_argument("folder", type=Path, help="where clips, models and adapters go")
+    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--ways", nargs="+", choices=tuple(WAYS), default=tuple(WAYS))
+    parser.add_argument("--prompts", type=int, default=60, help="with the new word; twice as many with the old ones")
+    parser.add_argument("--clips", type=int, default=CLIPS)
+    parser.add_argument("--group-size", type=int, help="of the model in 4 bits")
+    parser.add_argument("--iters", type=int, help="of training, instead of the recipe's")
+    parser.add_argument("--set", nargs=2, action="append", default=[], metavar=("KEY", "VALUE"), help="of the recipe")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    COLOURS[WORD] = RGB  # for drawing and judging; the model's own world had no such colour
+    try:
+        report = teach(args)
+    except WanError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    (args.folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    return 0
+
+
+def teach(args) -> dict:
+    """Everything in turn; each set of rates is printed as it is there."""
+    model = locate(args.model).folder
+    rng = random.Random(args.seed)
+    shown, asked = split(rng)
+    clips = [new_scene(rng, shown) for _ in range(args.clips - args.clips * OLD // CLIPS)]
+    clips += [sample_scene(rng, held_out=False, count=1) for _ in range(args.clips - len(clips))]
+    new = [(caption(scene, rng), scene) for scene in (new_scene(rng, asked) for _ in range(args.prompts))]
+    old = [sample_scene(rng, held_out=True, count=1) for _ in range(2 * args.prompts)]
+    old = [(caption(scene, rng), scene) for scene in old]
+    pipe, report = WanPipeline.from_pretrained(model), {}
+    data = args.folder / "clips"
+    draw(data, clips, rng, pipe)
+
+    def say(name: str, found: dict[str, float]) -> None:
+        report[name] = found
+        print(f"{name:34}" + "  ".join(f"{key} {found[key]:6.1%}" for key in RATES), flush=True)
+
+    say("ivory clips through the VAE", rates(pipe, new[:16], through_vae))
+    say("before, new word", rates(pipe, new, generate))
+    say("before, old words", rates(pipe, old, generate))
+    for way in args.ways:
+        base = model
+        if (bits := WAYS[way]) is not None:
+            base = convert(model, args.folder / f"{bits}bit", bits=bits, group_size=args.group_size, overwrite=True)
+        begin = time.perf_counter()
+        adapters = train(base, data, args.folder / way, args)
+        print(f"{way}: trained in {time.perf_counter() - begin:.0f} s", flush=True)
+        pipe = WanPipeline.from_pretrained(base)
+        if bits is not None:
+            say(f"before, over {bits} bits, old words", rates(pipe, old, generate))
+        pipe.load_lora_weights(adapters)
+        say(f"{way}, new word", rates(pipe, new, generate))
+        say(f"{way}, old words", rates(pipe, old, generate))
+    return report
+
+
+def split(rng: random.Random) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """Combinations of shape and motion: a third is left for judging."""
+    every = [(shape, motion) for shape in SHAPES for motion in MOTIONS]
+    rng.shuffle(every)
+    return every[len(every) // 3 :], every[: len(every) // 3]
+
+
+def new_scene(rng: random.Random, allowed: list[tuple[str, str]]) -> Scene:
+    """One ivory shape; its shape and motion are among those that are allowed."""
+    while True:
+        scene = sample_scene(rng, held_out=None, count=1)
+        (thing,) = scene.objects
+        if (thing.shape, thing.motion) in allowed and scene.background in BEHIND:
+            return Scene(scene.background, (replace(thing, colour=WORD),))
+
+
+def pixels(scene: Scene, pipe: WanPipeline) -> mx.array:
+    return render(mx.array(encode_scenes([scene])), pipe.spec.num_frames, pipe.spec.height, pipe.spec.width)
+
+
+def draw(folder: Path, scenes: list[Scene], rng: random.Random, pipe: WanPipeline) -> None:
+    """A folder of clips without loss, and captions beside them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, scene in enumerate(scenes):
+        with open_output(folder / f"{i:02}.mp4", CLIP_FPS, "lossless") as video:
+            video.write(to_uint8(pixels(scene, pipe)[0]))
+        (folder / f"{i:02}.txt").write_text(caption(scene, rng))
+
+
+def train(model: Path, data: Path, folder: Path, args) -> Path:
+    """The adapters of the recipe."""
+    changes = {key: json.loads(value) for key, value in args.set} | ({"iters": args.iters} if args.iters else {})
+    changes |= {"model": str(model), "data": str(data), "adapter_path": str(folder), "seed": args.seed}
+    result, broken = run(make_plan(read_recipe(RECIPE, changes)), False, print_row)
+    if broken:
+        raise WanError(f"{broken[0]}")
+    return result
+
+
+def print_row(row: dict[str, float]) -> None:
+    print(f"  step {row['step']}: loss {row['loss']:.4f}, {row['clips_per_s']:.1f} clips/s", flush=True)
+
+
+def through_vae(pipe: WanPipeline, prompt: str, scene: Scene, seed: int) -> np.ndarray:
+    """The true clip, encoded and decoded: the ceiling."""
+    return to_uint8(pipe.vae.decode(pipe.vae.encode(pixels(scene, pipe)))[0])
+
+
+def generate(pipe: WanPipeline, prompt: str, scene: Scene, seed: int) -> np.ndarray:
+    return pipe(prompt, seed=seed).frames
+
+
+def rates(pipe: WanPipeline, prompts: list[tuple[str, Scene]], make) -> dict[str, float]:
+    """Shares of the clips that show what they were asked for."""
+    verdicts = [judge(make(pipe, prompt, scene, seed), scene) for seed, (prompt, scene) in enumerate(prompts)]
+    return {name: float(np.mean([verdict[name] for verdict in verdicts])) for name in RATES}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
