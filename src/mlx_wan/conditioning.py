@@ -51,7 +51,7 @@ def area_size(width: int, height: int, stride_w: int, stride_h: int, max_area: i
 
 
 # Task -> how the size follows from a picture.
-SIZE_RULES = {"ti2v": best_output_size, "i2v": area_size, "flf2v": area_size}
+SIZE_RULES = {"ti2v": best_output_size, "i2v": area_size, "flf2v": area_size}  # of VACE: vace.source_size
 
 
 def image_to_frame(image: Image.Image, width: int, height: int) -> np.ndarray:

@@ -15,7 +15,7 @@ from mlx_wan.lora.fuse import QUANTIZED, Adapters, expert_part, merge
 from mlx_wan.lora.load import read_lora, transformer_shapes
 from mlx_wan.models.autoencoder import WanVAE
 from mlx_wan.models.clip import ImageEncoder
-from mlx_wan.models.transformer import WanTransformer
+from mlx_wan.models.transformer import Control, WanTransformer
 from mlx_wan.models.umt5 import UMT5Encoder
 from mlx_wan.parallel.plan import ALONE, Parallel
 from mlx_wan.request import checked_start, noise_for, open_picture, or_default, text, whole
@@ -24,6 +24,7 @@ from mlx_wan.schedulers import Scheduler, make_scheduler
 from mlx_wan.schedulers.flow import TRAIN_TIMESTEPS
 from mlx_wan.text import Tokenizer, clean_prompt
 from mlx_wan.text_cache import TextCache
+from mlx_wan.vace import Source, control_channels, source_size
 from mlx_wan.weights.load import (
     Checkpoint,
     load_image_encoder,
@@ -82,6 +83,7 @@ class _Request:
     scheduler: Scheduler
     seed: int | None
     start: mx.array | Point  # noise, or where an earlier run stood
+    source: Source | None  # of VACE
 
 
 class WanPipeline:
@@ -247,6 +249,7 @@ class WanPipeline:
         callback: Callable[[int, int, mx.array], None] | None = None,
         last_image: "Image.Image | str | Path | None" = None,
         start: Point | None = None,
+        source: Source | None = None,
     ) -> PipelineOutput:
         """Makes a video. What is None is the model's own default (`spec`).
 
@@ -271,6 +274,7 @@ class WanPipeline:
             last_image: the last frame, as `image`; FLF2V models need one, I2V-A14B takes one.
             start: where an earlier run with the same arguments stood (`Event.point`, `resume.load_point`): the rest of
                 it is made, bit for bit.
+            source: what a VACE model works from; the size is this video's if none is asked for.
 
         Raises:
             UserError: a value that the model cannot take.
@@ -293,6 +297,7 @@ class WanPipeline:
             latents,
             last_image,
             start,
+            source,
         )
         result, pieces = None, []
         for event in self._run(request, decode=output_type == "np"):
@@ -307,14 +312,14 @@ class WanPipeline:
         return PipelineOutput(frames, result, request.seed, self.spec.fps)
 
     def stream(self, prompt: str, **options: Any) -> Iterator[Event]:
-        """Makes a video as `__call__` does, with its arguments from image to latents, last_image and start, and yields
+        """Makes a video as `__call__` does, with its arguments but output_type and callback, and yields
         each `Event`.
 
         Frames come in pieces as they are decoded, so that no more than a piece of the video is in memory. The request
         is checked at once, not at the first event.
         """
         names = ("image", "negative_prompt", "width", "height", "num_frames", "num_inference_steps")
-        names += ("guidance_scale", "shift", "scheduler", "seed", "latents", "last_image", "start")
+        names += ("guidance_scale", "shift", "scheduler", "seed", "latents", "last_image", "start", "source")
         unknown = sorted(options.keys() - set(names))
         if unknown:
             raise TypeError(f"stream() got an unexpected keyword argument {unknown[0]!r}")
@@ -404,6 +409,8 @@ class WanPipeline:
                 yield Event("denoise", point.step, total, latents, point)
             if self.low_memory:
                 self._release_transformers()  # the generator kept none
+        if request.source is not None:
+            latents = latents[:, len(request.source.references) :]
         yield Event("latents", 1, 1, latents)
         if decode and self.parallel.is_first:
             for index, piece in enumerate(self.vae.stream_decode(latents), start=1):
@@ -443,11 +450,15 @@ class WanPipeline:
         return context, negative
 
     def _encode_image(self, request: _Request) -> Generator[Event, None, Condition]:
-        if not request.pictures:
+        if not request.pictures and request.source is None:
             return Condition()
         from mlx_wan.conditioning import image_to_frame
 
-        if self.spec.task == "ti2v":
+        if request.source is not None:
+            size = request.width, request.height, request.num_frames
+            channels = control_channels(self.vae.encode, request.source, *size, self.checkpoint.vae_config.stride)
+            condition = Condition(control=Control(channels, request.source.scale))
+        elif self.spec.task == "ti2v":
             size = request.width, request.height
             frames = np.concatenate([image_to_frame(picture, *size) for picture in request.pictures.values()], axis=1)
             condition = Condition(first_frame=self.vae.encode(mx.array(frames)))
@@ -503,20 +514,25 @@ class WanPipeline:
         latents: mx.array | None,
         last_image: "Image.Image | str | Path | None" = None,
         start: Point | None = None,
+        source: Source | None = None,
     ) -> _Request:
         spec = self.spec
         given = [open_picture(each) for each in (image if isinstance(image, list | tuple) else [image])]
         first, last = [picture for picture in given if picture is not None], open_picture(last_image)
         picture = first[0] if first else None
         spec.check_pictures(picture is not None, last is not None)
-        width, height = self._size(whole("width", width), whole("height", height), picture)
+        width, height = self._size(whole("width", width), whole("height", height), picture, source)
         num_frames = or_default(whole("num_frames", num_frames), spec.num_frames)
         if len(first) > 1 and ((len(first) - 1) % spec.vae_stride[0] or len(first) >= num_frames):
             raise UserError(f"image is {len(first)} pictures; one or {spec.vae_stride[0]}n+1, fewer than the frames")
         pictures = dict(enumerate(first)) | ({} if last is None else {num_frames - 1: last})
         if last is not None and num_frames == 1:
             raise UserError("num_frames is 1; a first and a last frame need more")
-        shape, seed = self._latent_shape(width, height, num_frames), whole("seed", seed)
+        if spec.task == "vace":
+            source = source or Source()
+        elif source is not None:
+            raise UserError(f"{spec.name} takes no source video or reference pictures: use a VACE model")
+        shape, seed = self._latent_shape(width, height, num_frames, source), whole("seed", seed)
         noise, seed = noise_for(latents, seed, shape) if start is None else (checked_start(start, latents, shape), seed)
         self.scheduler = make_scheduler(
             or_default(scheduler, spec.scheduler),
@@ -534,28 +550,34 @@ class WanPipeline:
             self.scheduler,
             seed,
             noise,
+            source,
         )
 
-    def _size(self, width: int | None, height: int | None, picture: "Image.Image | None") -> tuple[int, int]:
+    def _size(
+        self, width: int | None, height: int | None, picture: "Image.Image | None", source: Source | None
+    ) -> tuple[int, int]:
         if (width is None) != (height is None):
             raise UserError("give both width and height, or neither")
         if width is not None and height is not None:
             return width, height
+        area = self.spec.width * self.spec.height
+        if source is not None and source.video is not None:
+            rows, columns = source.video.shape[1:3]
+            return source_size(columns, rows, *self.checkpoint.size_steps, area)
         if picture is None:
             return self.spec.width, self.spec.height
         from mlx_wan.conditioning import SIZE_RULES
 
-        area = self.spec.width * self.spec.height
         return SIZE_RULES[self.spec.task](picture.width, picture.height, *self.checkpoint.size_steps, area)
 
-    def _latent_shape(self, width: int, height: int, num_frames: int) -> tuple[int, ...]:
+    def _latent_shape(self, width: int, height: int, num_frames: int, source: Source | None) -> tuple[int, ...]:
         step_w, step_h = self.checkpoint.size_steps
         stride_t, stride_h, stride_w = self.checkpoint.vae_config.stride
         if width <= 0 or height <= 0 or width % step_w or height % step_h:
             raise UserError(f"size {width}x{height}: width must be a multiple of {step_w} and height of {step_h}")
         if num_frames < 1 or num_frames % stride_t != 1 % stride_t:
             raise UserError(f"num_frames is {num_frames}; it must be {stride_t}n+1, such as {self.spec.num_frames}")
-        frames = (num_frames - 1) // stride_t + 1
+        frames = (num_frames - 1) // stride_t + 1 + (len(source.references) if source else 0)
         return 1, frames, height // stride_h, width // stride_w, self.checkpoint.vae_config.z_dim
 
 

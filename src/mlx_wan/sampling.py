@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from mlx_wan.errors import WanError
-from mlx_wan.models.transformer import WanTransformer
+from mlx_wan.models.transformer import Control, WanTransformer
 from mlx_wan.schedulers import Scheduler
 
 LEAST_VARIANCE = 1e-8  # of latents; theirs is about 1
@@ -35,11 +35,13 @@ class Condition:
         image: (B, m, image_dim) embeddings of pictures, for transformers that take them.
         channels: (B, t, h, w, ·) put beside the latents' channels whenever the transformer is asked (official
             `WanI2V`).
+        control: what VACE is told.
     """
 
     first_frame: mx.array | None = None
     channels: mx.array | None = None
     image: mx.array | None = None
+    control: Control | None = None
 
 
 class Point(NamedTuple):
@@ -74,16 +76,19 @@ def guided_velocity(
     negative_context: mx.array,
     image: mx.array | None = None,
     passes: Passes = one_after_the_other,
+    control: Control | None = None,
 ) -> mx.array:
     """Classifier-free guidance: the velocity away from the negative prompt, towards the prompt.
 
     A scale of 1 is the prompt alone and costs one pass instead of two. Shapes as in `WanTransformer`.
     """
     transformer, guidance_scale = expert
-    known = () if image is None else (image,)
+    known: dict[str, Any] = {
+        name: value for name, value in (("image", image), ("control", control)) if value is not None
+    }
 
     def velocity_for(context: mx.array) -> mx.array:
-        return transformer(latents, timesteps, context, *known)
+        return transformer(latents, timesteps, context, **known)
 
     if guidance_scale == 1:
         return velocity_for(context)
@@ -122,7 +127,8 @@ def denoise(
         else:
             timesteps[:, : condition.first_frame.shape[1]] = 0
         inputs = latents if condition.channels is None else mx.concatenate([latents, condition.channels], axis=-1)
-        velocity = guided_velocity(expert_at(t), inputs, timesteps, context, negative_context, condition.image, passes)
+        known = condition.image, passes, condition.control
+        velocity = guided_velocity(expert_at(t), inputs, timesteps, context, negative_context, *known)
         latents, state = scheduler.step(velocity, latents, state)
         latents = _with_first(latents, condition.first_frame)
         mx.eval(latents)
