@@ -1,7 +1,6 @@
 """From a prompt, or a prompt and a picture, to a video: the order of things, and who is in memory when."""
 
-import warnings
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Union
@@ -11,8 +10,8 @@ import numpy as np
 
 from mlx_wan import backend
 from mlx_wan.errors import UserError, WanError
-from mlx_wan.lora.fuse import QUANTIZED, Adapters, expert_part, merge
-from mlx_wan.lora.load import read_lora, transformer_shapes
+from mlx_wan.lora.fuse import Adapters
+from mlx_wan.lora.words import AdapterWords
 from mlx_wan.models.autoencoder import WanVAE
 from mlx_wan.models.clip import ImageEncoder
 from mlx_wan.models.transformer import Control, WanTransformer
@@ -86,7 +85,7 @@ class _Request:
     source: Source | None  # of VACE
 
 
-class WanPipeline:
+class WanPipeline(AdapterWords):
     """Text, or text and a first frame, to video.
 
     Components are loaded when first needed. With `low_memory` the text encoder leaves memory once the prompt is
@@ -325,79 +324,6 @@ class WanPipeline:
             raise TypeError(f"stream() got an unexpected keyword argument {unknown[0]!r}")
         return self._run(self._request(prompt, *(options.get(name) for name in names)), decode=True)
 
-    # --- adapters, in the words of diffusers -------------------------------------------------------------------------
-
-    def load_lora_weights(
-        self, path: str | Path, adapter_name: str | None = None, scale: float = 1.0, expert: str | None = None
-    ) -> str:
-        """Puts a LoRA beside the transformer's weights, together with those that are there already.
-
-        Args:
-            path: the file, of any dialect (docs/checkpoints.md), or the folder PEFT or diffusers wrote.
-            adapter_name: what `set_adapters` calls it; None takes the file's name.
-            scale: its strength; 1 is what it was trained for.
-            expert: of a model with two, "high" or "low" for a LoRA made for one of them; None for both.
-
-        Returns:
-            Its name.
-
-        Raises:
-            UserError: no such file, not a LoRA, or a name that is taken.
-            CheckpointError: the file is damaged, or made for another model.
-        """
-        if self.parallel.share_of_transformer < 1:
-            raise UserError(
-                "a LoRA cannot be added to weights that are spread (dit_fsdp); mlx-wan fuse adds it for good"
-            )
-        part = expert_part(self.checkpoint, expert)
-        lora = read_lora(path, transformer_shapes(self.checkpoint.transformer_config))
-        if lora.note:
-            warnings.warn(lora.note, stacklevel=2)
-        name = self._adapters.add(lora, adapter_name, scale, part)
-        self._apply_adapters()
-        return name
-
-    def set_adapters(self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float] = 1.0) -> None:
-        """Gives these adapters their strengths and turns the others off; no weight is read again.
-
-        Raises UserError for an unknown name, or another number of weights than of names.
-        """
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        single = isinstance(adapter_weights, int | float)
-        self._adapters.set(names, [adapter_weights] * len(names) if single else list(adapter_weights))
-        self._apply_adapters()
-
-    def get_active_adapters(self) -> dict[str, float]:
-        """Name -> strength of the adapters that have an effect."""
-        return {name: strength for name, strength in self._adapters.strengths.items() if strength}
-
-    def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
-        """Takes adapters away. Raises UserError for an unknown name."""
-        self._adapters.remove([adapter_names] if isinstance(adapter_names, str) else list(adapter_names))
-        self._apply_adapters()
-
-    def fuse_lora(self) -> None:
-        """Adds the adapters to the weights at their present strengths: no cost per step, and no change after.
-
-        Raises UserError if the model is quantized.
-        """
-        if self.checkpoint.quantization is not None:
-            raise UserError(QUANTIZED)
-        self._adapters.fused = True
-        for transformer in self._transformers.values():
-            merge(transformer)
-
-    def unload_lora_weights(self) -> None:
-        """Takes every adapter away; after `fuse_lora` the transformer is read again when it is needed."""
-        if self._adapters.fused:
-            self._release_transformers()
-        self._adapters.clear()
-        self._apply_adapters()
-
-    def _apply_adapters(self) -> None:
-        for part, transformer in self._transformers.items():
-            self._adapters.update(transformer, part)
-
     # --- the order of things -----------------------------------------------------------------------------------------
 
     def _run(self, request: _Request, decode: bool) -> Iterator[Event]:
@@ -473,21 +399,16 @@ class WanPipeline:
 
     def _known_frames(self, request: _Request) -> Condition:
         """Pictures as I2V and FLF2V models see them: as a video with grey frames, and some as image tokens."""
-        from mlx_wan.conditioning import cropped, known_frames, stretched_frame
+        from mlx_wan.conditioning import cropped, image_tokens, known_channels, stretched_frame
 
         size, step = (request.width, request.height), min(self.checkpoint.size_steps)
         pictures = {place: cropped(picture, *size, step) for place, picture in request.pictures.items()}
         frames = {place: stretched_frame(picture, *size) for place, picture in pictures.items()}
-        video, mask = known_frames(frames, request.num_frames, self.checkpoint.vae_config.stride[0])
-        encoded = self.vae.encode(mx.array(video))
-        mask = mx.broadcast_to(mx.array(mask), (*encoded.shape[:-1], mask.shape[-1]))
-        channels, image = mx.concatenate([mask, encoded], axis=-1), None
+        stride = self.checkpoint.vae_config.stride[0]
+        channels, image = known_channels(frames, request.num_frames, stride, self.vae.encode), None
         if self.image_encoder is not None:
-            side = self.image_encoder.config.image_size
             ends = [picture for place, picture in pictures.items() if place in (0, request.num_frames - 1)]
-            squares = np.concatenate([stretched_frame(picture, side, side)[0] for picture in ends])
-            image = self.image_encoder(mx.array(squares))
-            image = image.reshape(1, -1, image.shape[-1])
+            image = image_tokens(ends, self.image_encoder.config.image_size, self.image_encoder)
         mx.eval(channels, image)
         return Condition(channels=channels, image=image)
 

@@ -143,6 +143,35 @@ def _attention_in_pieces(scale: float) -> Callable[[mx.array, mx.array, mx.array
     return cast(Callable[[mx.array, mx.array, mx.array], mx.array], attention)
 
 
+TILE = 128  # queries or keys that a block of CUDA's fused backward pass takes
+
+
+def _fused_backward(q: mx.array) -> bool:
+    """Whether MLX differentiates attention with cuDNN's kernel, which keeps no scores."""
+    return q.dtype != mx.float32 and q.shape[-1] <= 128 and mx.default_device() == mx.gpu and mx.cuda.is_available()
+
+
+def _whole_tiles(x: mx.array) -> mx.array:
+    return mx.pad(x, [(0, 0), (0, 0), (0, -x.shape[2] % TILE), (0, 0)])
+
+
+def _attention_in_tiles(q: mx.array, k: mx.array, v: mx.array, scale: float, rows: bool) -> mx.array:
+    """Attention over keys, and if `rows` queries too, that are filled up to whole tiles; q, k, v (B, heads, L, D).
+
+    MLX 0.32.4 takes the fused backward pass if the queries are whole tiles. It reads beyond its arrays, and the
+    process is lost, if the keys then are not.
+    """
+    length, keys = q.shape[2], k.shape[2]
+    mask = None
+    if keys % TILE:
+        k, v = _whole_tiles(k), _whole_tiles(v)
+        mask = mx.where(mx.arange(k.shape[2]) < keys, 0.0, mx.finfo(q.dtype).min / 2).astype(q.dtype)
+        mask = mask[None, None, None]
+    if rows:
+        q = _whole_tiles(q)
+    return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)[:, :, :length]
+
+
 def attend(
     q: mx.array,
     k: mx.array,
@@ -158,14 +187,17 @@ def attend(
         q: (B, Lq, num_heads * head_dim)
         k, v: (B, Lk, num_heads * head_dim)
         mask: additive, broadcastable to (B, num_heads, Lq, Lk), in q's dtype.
-        in_pieces: for training: the backward pass takes less memory and makes the scores again. Not with a mask.
+        in_pieces: for training: the backward pass keeps no scores and makes them again, for some rows at a time or,
+            on CUDA below float32, in MLX's fused kernel. Not with a mask.
 
     Returns:
         (B, Lq, num_heads * head_dim) in q's dtype.
     """
     batch, length, width = q.shape
     q, k, v = (a.reshape(batch, a.shape[1], num_heads, -1).transpose(0, 2, 1, 3) for a in (q, k, v))
-    if in_pieces:
+    if mask is None and _fused_backward(q) and (in_pieces or length % TILE == 0):
+        out = _attention_in_tiles(q, k, v, scale, rows=in_pieces)
+    elif in_pieces:
         out = _attention_in_pieces(scale)(q, k, v)
     else:
         out = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)

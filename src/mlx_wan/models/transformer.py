@@ -169,8 +169,9 @@ class ImageCrossAttention(Attention):
         q = self.norm_q(self.q(x).astype(mx.float32)).astype(self.dtype)
         k = self.norm_k(self.k(context).astype(mx.float32)).astype(self.dtype)
         k_img = self.norm_k_img(self.k_img(image).astype(mx.float32)).astype(self.dtype)
-        text = attend(q, k, self.v(context), self.num_heads, self.scale)
-        return self.o(text + attend(q, k_img, self.v_img(image), self.num_heads, self.scale))
+        text = attend(q, k, self.v(context), self.num_heads, self.scale, in_pieces=self.in_pieces)
+        image = attend(q, k_img, self.v_img(image), self.num_heads, self.scale, in_pieces=self.in_pieces)
+        return self.o(text + image)
 
 
 class ImageEmbedding(nn.Module):
