@@ -286,14 +286,14 @@ _5B, _14B, _1_3B = (3072, 14336, 30), (5120, 13824, 40), (1536, 8960, 30)
 
 RELEASES: tuple[Release, ...] = (
     _transformer("Wan2.2 TI2V-5B", _5B, 48, 48, "ti2v-5B"),
-    _transformer("Wan2.1 VACE-1.3B", _1_3B, 16, 16, "vace-1.3B", vace_in_dim=96),  # before those it extends
-    _transformer("Wan2.1 VACE-14B", _14B, 16, 16, "vace-14B", vace_in_dim=96),
     # Same names and shapes: only what a folder holds besides tells these two apart.
-    _transformer("Wan2.2 T2V-A14B (one expert) or Wan2.1 T2V-14B", _14B, 16, 16, "t2v-A14B", "t2v-14B"),
+    _transformer("Wan2.2 T2V-A14B (one expert) or Wan2.1 T2V-14B", _14B, 16, 16, "t2v-A14B", "t2v-14B", vace_in_dim=0),
     _transformer("Wan2.2 I2V-A14B (one expert)", _14B, 36, 16, "i2v-A14B", image_dim=0),
     _transformer("Wan2.1 I2V-14B", _14B, 36, 16, "i2v-14B", image_dim=1280, image_positions=0),
     _transformer("Wan2.1 FLF2V-14B", _14B, 36, 16, "flf2v-14B", image_dim=1280, image_positions=514),
-    _transformer("Wan2.1 T2V-1.3B", _1_3B, 16, 16, "t2v-1.3B"),
+    _transformer("Wan2.1 T2V-1.3B", _1_3B, 16, 16, "t2v-1.3B", vace_in_dim=0),
+    _transformer("Wan2.1 VACE-14B", _14B, 16, 16, "vace-14B", vace_in_dim=96),
+    _transformer("Wan2.1 VACE-1.3B", _1_3B, 16, 16, "vace-1.3B", vace_in_dim=96),
     Release(
         "UMT5-XXL encoder",
         "text_encoder",
