@@ -1,6 +1,7 @@
 """Every kind of file: what goes in comes back, what cannot be written is said before, and nothing half is left."""
 
 import os
+import threading
 from pathlib import Path
 
 import av
@@ -12,7 +13,7 @@ from test_video import colour_bars
 from mlx_wan import outputs
 from mlx_wan.errors import UserError, WanError
 from mlx_wan.formats import CODECS, FORMATS, VIDEOS, output_path, settings_path, sibling
-from mlx_wan.outputs import check_output, open_output, read_settings, save_settings
+from mlx_wan.outputs import Behind, check_output, open_output, read_settings, save_settings
 from mlx_wan.video import has_encoder, read_video
 
 FACTS = {"prompt": 'a "red" café, 猫', "seed": 7, "more": {"deep": [1, 2.5]}}
@@ -165,3 +166,64 @@ def test_names_derived_from_a_name():
     assert settings_path(Path("d/out.mp4")) == Path("d/out.mp4.json")
     assert settings_path(output_path("d/frames/")) == Path("d/frames.json")
     assert set(FORMATS) == {".mp4", ".mov", ".mkv", ".webm", ".gif", ".webp", ".png"}
+
+
+class Slow:
+    """A writer that can be held up, and that fails at a piece."""
+
+    def __init__(self, bad: int | None = None):
+        self.bad, self.pieces, self.go = bad, [], threading.Event()
+
+    def write(self, frames):
+        assert self.go.wait(10)
+        if len(self.pieces) == self.bad:
+            raise WanError("the disk is full")
+        self.pieces.append(frames)
+
+
+def test_pieces_written_behind_come_in_order_and_all():
+    slow = Slow()
+    with Behind(slow) as behind:
+        behind.write(0)  # does not wait for the writer
+        assert slow.pieces == []
+        slow.go.set()
+        for piece in range(1, 20):
+            behind.write(piece)
+    assert slow.pieces == list(range(20))
+
+
+@pytest.mark.parametrize("bad", [0, 1, 2])
+def test_what_goes_wrong_behind_is_raised(bad):
+    slow = Slow(bad)
+    slow.go.set()
+
+    def three_pieces():
+        with Behind(slow) as behind:
+            for piece in range(3):
+                behind.write(piece)
+
+    with pytest.raises(WanError, match="the disk is full"):
+        three_pieces()
+
+
+def test_a_file_written_behind_is_whole(tmp_path):
+    write(tmp_path / "plain.mp4", moving())
+    with open_output(tmp_path / "behind.mp4", 12, None, FACTS) as writer, Behind(writer) as behind:
+        for frame in moving():
+            behind.write(frame[None])
+    assert np.array_equal(read_video(tmp_path / "behind.mp4")[0], read_video(tmp_path / "plain.mp4")[0])
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, WanError])
+def test_nothing_is_left_of_a_file_written_behind_when_its_frames_stop(tmp_path, stop):
+    before = threading.active_count()
+
+    def stopped():
+        with open_output(tmp_path / "a.mp4", 12) as writer, Behind(writer) as behind:
+            behind.write(moving())
+            raise stop
+
+    with pytest.raises(stop):
+        stopped()
+    assert os.listdir(tmp_path) == []
+    assert threading.active_count() == before

@@ -18,6 +18,9 @@ class Model:
     def __init__(self, slope=0.0):
         self.slope, self.calls = slope, []
 
+    def read(self, context):
+        return context
+
     def __call__(self, latents, timesteps, context):
         self.calls.append((np.array(latents), np.array(timesteps)))
         return context.mean() + self.slope * latents

@@ -1,8 +1,12 @@
 """A file's name -> its writer: video, animation, picture or pictures; what cannot be written is said beforehand."""
 
 import json
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import TracebackType
 from typing import Any
+
+import numpy as np
 
 from mlx_wan.errors import UserError
 from mlx_wan.formats import ANIMATIONS, CODECS, FORMATS, PICTURES, VIDEOS, is_pattern
@@ -78,6 +82,40 @@ def open_output(path: Path, fps: float, codec: str | None = None, metadata: dict
     if suffix in PICTURES:
         return PictureWriter(path, metadata=metadata)
     return VideoWriter(path, fps, metadata=metadata, codec=codec)
+
+
+class Behind:
+    """Writes in a thread of its own: while a piece is encoded the caller makes the next one.
+
+    A context manager within the writer's own. One piece is on its way at a time; `write` waits for the one before it,
+    and raises what went wrong with it, as the end of the `with` does. After an error or Ctrl-C that piece is finished
+    and then forgotten.
+    """
+
+    def __init__(self, writer: Writer) -> None:
+        self._writer, self._thread = writer, ThreadPoolExecutor(1, "mlx-wan-writer")
+        self._on_its_way: Future[None] | None = None
+
+    def __enter__(self) -> "Behind":
+        return self
+
+    def write(self, frames: np.ndarray) -> None:
+        """As the writer's. The frames must not be changed afterwards."""
+        self._wait()
+        self._on_its_way = self._thread.submit(self._writer.write, frames)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self._wait()
+        finally:
+            self._thread.shutdown()
+
+    def _wait(self) -> None:
+        if self._on_its_way is not None:
+            self._on_its_way.result()
 
 
 def save_settings(path: Path, facts: dict[str, Any]) -> None:

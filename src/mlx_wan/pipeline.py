@@ -184,6 +184,7 @@ class WanPipeline(AdapterWords):
                 self._release_transformers()
             transformer = self.parallel.load_transformer(self.checkpoint, self.dtype, part)
             self._adapters.install(transformer, part)
+            transformer.eval()
             self._transformers[part] = transformer
         return self._transformers[part]
 
@@ -360,10 +361,10 @@ class WanPipeline(AdapterWords):
     def _expert_at(self, timestep: float, guidance_scale: tuple[float, float]) -> Expert:
         """The transformer for a timestep. They fall, so that two experts change places once in a run."""
         low, high = guidance_scale
-        boundary = self.spec.boundary
+        boundary, adapters = self.spec.boundary, tuple(self._adapters.strengths.items())
         if boundary is None or timestep >= boundary * TRAIN_TIMESTEPS:
-            return Expert(self._load_transformer("transformer"), high)
-        return Expert(self._load_transformer("transformer_2"), low)
+            return Expert(self._load_transformer("transformer"), high, adapters)
+        return Expert(self._load_transformer("transformer_2"), low, adapters)
 
     def _encode_texts(self, request: _Request) -> Generator[Event, None, tuple[mx.array, mx.array]]:
         context = self._padded(self.encode_prompt(request.prompt))

@@ -1,5 +1,6 @@
 """From noise to latents: the denoising loop, as a generator of steps."""
 
+import weakref
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -7,7 +8,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from mlx_wan.errors import WanError
-from mlx_wan.models.transformer import Control, WanTransformer
+from mlx_wan.models.transformer import Control, Text, WanTransformer
 from mlx_wan.schedulers import Scheduler
 
 LEAST_VARIANCE = 1e-8  # of latents; theirs is about 1
@@ -19,10 +20,26 @@ def initial_noise(shape: tuple[int, ...], seed: int) -> mx.array:
 
 
 class Expert(NamedTuple):
-    """What works at a step: a transformer, and the scale of its guidance."""
+    """What works at a step: a transformer, the scale of its guidance, and the strengths of its adapters, if any."""
 
     transformer: WanTransformer
     guidance_scale: float
+    adapters: tuple[tuple[str, float], ...] = ()
+
+
+class _Reader:
+    """The two texts as the expert at work reads them: again when that is another one, or has other adapters."""
+
+    def __init__(self, *contexts: mx.array):
+        self._contexts, self._texts = contexts, []
+        self._transformer, self._adapters = None, ()  # the former by weak reference: it may leave memory
+
+    def texts(self, expert: Expert) -> list[Text]:
+        known = self._transformer is not None and self._transformer() is expert.transformer
+        if not known or self._adapters != expert.adapters:
+            self._transformer, self._adapters = weakref.ref(expert.transformer), expert.adapters
+            self._texts = [expert.transformer.read(context) for context in self._contexts]
+        return self._texts
 
 
 @dataclass(frozen=True)
@@ -56,11 +73,12 @@ class Point(NamedTuple):
 
 
 # (velocity for a context, context, negative context) -> both velocities
-Passes = Callable[[Callable[[mx.array], mx.array], mx.array, mx.array], tuple[mx.array, mx.array]]
+Context = mx.array | Text
+Passes = Callable[[Callable[[Context], mx.array], Context, Context], tuple[mx.array, mx.array]]
 
 
 def one_after_the_other(
-    velocity_for: Callable[[mx.array], mx.array], context: mx.array, negative_context: mx.array
+    velocity_for: Callable[[Context], mx.array], context: Context, negative_context: Context
 ) -> tuple[mx.array, mx.array]:
     """Both velocities of guidance, computed here."""
     velocity = velocity_for(context)
@@ -72,8 +90,8 @@ def guided_velocity(
     expert: Expert,
     latents: mx.array,
     timesteps: mx.array,
-    context: mx.array,
-    negative_context: mx.array,
+    context: Context,
+    negative_context: Context,
     image: mx.array | None = None,
     passes: Passes = one_after_the_other,
     control: Control | None = None,
@@ -82,12 +100,11 @@ def guided_velocity(
 
     A scale of 1 is the prompt alone and costs one pass instead of two. Shapes as in `WanTransformer`.
     """
-    transformer, guidance_scale = expert
-    known: dict[str, Any] = {
-        name: value for name, value in (("image", image), ("control", control)) if value is not None
-    }
+    transformer, guidance_scale = expert[:2]
+    given: dict[str, Any] = {"image": image, "control": control}
+    known = {name: value for name, value in given.items() if value is not None}
 
-    def velocity_for(context: mx.array) -> mx.array:
+    def velocity_for(context: Context) -> mx.array:
         return transformer(latents, timesteps, context, **known)
 
     if guidance_scale == 1:
@@ -120,6 +137,7 @@ def denoise(
         start = Point(0, _with_first(start, condition.first_frame), scheduler.init())
     done, latents, state = start
     batch, frames = latents.shape[:2]
+    reader = _Reader(context, negative_context)
     for step, t in enumerate(scheduler.timesteps.tolist()[done:], start=done + 1):
         timesteps = mx.full((batch, frames), t, dtype=mx.float32)
         if condition.first_frame is None:
@@ -127,13 +145,21 @@ def denoise(
         else:
             timesteps[:, : condition.first_frame.shape[1]] = 0
         inputs = latents if condition.channels is None else mx.concatenate([latents, condition.channels], axis=-1)
-        known = condition.image, passes, condition.control
-        velocity = guided_velocity(expert_at(t), inputs, timesteps, context, negative_context, *known)
+        velocity = _velocity(expert_at(t), reader, inputs, timesteps, condition, passes)
         latents, state = scheduler.step(velocity, latents, state)
         latents = _with_first(latents, condition.first_frame)
         mx.eval(latents)
         _check(latents, step, len(scheduler.timesteps))
         yield Point(step, latents, state)
+
+
+def _velocity(
+    expert: Expert, reader: _Reader, inputs: mx.array, timesteps: mx.array, condition: Condition, passes: Passes
+) -> mx.array:
+    """`guided_velocity`; of a function, so that `denoise` keeps no reference to the expert."""
+    context, negative_context = reader.texts(expert)
+    known = condition.image, passes, condition.control
+    return guided_velocity(expert, inputs, timesteps, context, negative_context, *known)
 
 
 def _check(latents: mx.array, step: int, steps: int) -> None:

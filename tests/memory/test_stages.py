@@ -87,7 +87,7 @@ def test_small_runs_of_every_kind_hold_what_was_planned(tmp_path, name, pictures
 @pytest.mark.parametrize("name", [name for name, spec in MODELS.items() if spec.hub_id])
 def test_released_models_are_planned_without_files(name):
     model = Dimensions.of_release(name)
-    pictures = {"t2v": 0, "ti2v": 0, "i2v": 1, "flf2v": 2}[model.spec.task]
+    pictures = {"t2v": 0, "ti2v": 0, "i2v": 1, "flf2v": 2, "vace": 0}[model.spec.task]
     before = mx.get_active_memory()
     mx.reset_peak_memory()
     _, plan = plans(model, Setting(832, 480, 81, mx.bfloat16, pictures), "CPU")

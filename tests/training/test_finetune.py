@@ -378,11 +378,11 @@ def kill(*_):
 if where == "encode":  # the second clip is written but has no name yet
     real = os.fsync
     calls = []
-    checkpoint.os.fsync = lambda fd: kill() if calls.append(fd) or len(calls) == 2 else real(fd)
+    os.fsync = lambda fd: kill() if calls.append(fd) or len(calls) == 2 else real(fd)
 
 def saving(*arguments):
     if when and arguments[1] >= when and where == "save":
-        checkpoint.os.fsync = kill
+        os.fsync = kill
     return checkpoint.save_state(*arguments)
 
 def adapters(*arguments):

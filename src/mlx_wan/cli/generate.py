@@ -28,7 +28,7 @@ from mlx_wan.formats import output_path, settings_path, sibling
 from mlx_wan.zoo import MODELS
 
 if TYPE_CHECKING:
-    from mlx_wan.outputs import Writer
+    from mlx_wan.outputs import Behind
     from mlx_wan.parallel.plan import Parallel
     from mlx_wan.pipeline import Event, WanPipeline
     from mlx_wan.weights.checkpoint import Checkpoint, Component
@@ -233,7 +233,7 @@ def _make(
     """Load, generate and write, under one progress bar; returns the seconds each stage took."""
     from mlx_wan import extend
     from mlx_wan.cli.steps import StepPictures
-    from mlx_wan.outputs import open_output, save_settings
+    from mlx_wan.outputs import Behind, open_output, save_settings
 
     pieces, parts = (options["num_frames"] - 1) // checkpoint.spec.vae_stride[0] + 1, longer.parts(args)
     steps = options["num_inference_steps"]
@@ -251,22 +251,23 @@ def _make(
             events = pipe.stream(args.prompt, **options, start=start, source=args.source)
         facts = _facts(args, checkpoint, options)
         with contextlib.ExitStack() as stack:
-            keeper = None
+            keeper = behind = None
             if args.save_every and is_first:
                 kept = resume.record(args, facts)
                 keeper = stack.enter_context(resume.Keeper(path, args.save_every, steps, kept, done))
-            writer = stack.enter_context(open_output(path, facts["fps"], args.codec, facts)) if is_first else None
-            if writer is not None:
+            if is_first:
+                writer = stack.enter_context(open_output(path, facts["fps"], args.codec, facts))
                 args.crew.on_stop(writer.discard)
                 if args.before is not None:
                     writer.write(args.before)
+                behind = stack.enter_context(Behind(writer))
             progress.stage("text")
             for event in events:
                 if keeper is not None:
                     keeper.saw(event)
                 if event.stage == "denoise" and previews:
                     previews.write(event.index, event.value)
-                _follow(event, progress, writer, with_image=bool(args.image or args.extend or args.source))
+                _follow(event, progress, behind, with_image=bool(args.image or args.extend or args.source))
         if args.save_settings and is_first:
             save_settings(settings_path(path), facts)
     return progress.seconds
@@ -290,7 +291,7 @@ def _extend_prompt(args: argparse.Namespace, pipelines: Pipelines) -> argparse.N
     return argparse.Namespace(**vars(args) | {"prompt": prompt, "extended": kept})
 
 
-def _follow(event: "Event", progress: Progress, writer: "Writer | None", with_image: bool) -> None:
+def _follow(event: "Event", progress: Progress, writer: "Behind | None", with_image: bool) -> None:
     """An event says what is finished: show what comes next, and write frames as they come."""
     if event.stage == "text" and event.index == event.total:
         progress.stage("image" if with_image else "denoise")

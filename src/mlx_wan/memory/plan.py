@@ -308,9 +308,9 @@ def _tokens_work(config: ImageEncoderConfig, pictures: int, dtype: mx.Dtype, dev
 
 
 def _denoise_work(model: Dimensions, setting: Setting, device: str) -> int:
-    config = replace(model.transformer, num_layers=min(model.transformer.num_layers, LAYERS))
-    if config.vace_layers:  # the branch goes along: hints of two blocks, the second while the first's is let go
-        config = replace(config, vace_layers=tuple(range(0, config.num_layers, 2)))
+    config = replace(model.transformer, num_layers=1)  # each block is finished before the next begins
+    if config.vace_layers:
+        config = replace(config, vace_layers=(0,))
     latents = _latents(model.vae, setting)
     known = mx.zeros((*latents.shape[:-1], config.in_dim - latents.shape[-1]))
     context = mx.zeros((1, config.text_len, config.text_dim), setting.dtype)
@@ -321,7 +321,9 @@ def _denoise_work(model: Dimensions, setting: Setting, device: str) -> int:
         inputs.append(mx.zeros((1, setting.pictures * model.image_encoder.num_tokens, config.image_dim), setting.dtype))
     module = WanTransformer(config, setting.dtype)
     named = _parameters(module, "transformer", model.quantization, setting.dtype)
-    held = LATENTS_HELD * latents.nbytes + 2 * known.nbytes + 2 * context.nbytes
+    blocks = model.transformer.num_layers + len(model.transformer.vace_layers)
+    texts = 2 * 2 * blocks * config.text_len * config.dim * setting.dtype.size  # keys, values
+    held = LATENTS_HELD * latents.nbytes + 2 * known.nbytes + 2 * context.nbytes + texts
     if config.vace_layers:
         channels = mx.zeros((*latents.shape[:-1], config.vace_in_dim))
         held += 2 * channels.nbytes

@@ -59,7 +59,7 @@ def _plain_copy(x: mx.array) -> mx.array:
     return x * 1
 
 
-# Three operations whose graphs mx.export_function cannot write, and the same in one that it can.
+# Operations whose graphs mx.export_function cannot write, and the same in one that it can.
 _USUAL: dict[str, Callable] = {"gelu": _cpu_gelu, "silu": _cpu_silu, "copy": mx.contiguous}
 _TRACEABLE: dict[str, Callable] = {"gelu": _plain_gelu, "silu": _plain_silu, "copy": _plain_copy}
 _forms = dict(_USUAL)
@@ -75,9 +75,40 @@ def traceable() -> Iterator[None]:
         _forms.update(_USUAL)
 
 
+def is_traced() -> bool:
+    """Whether a graph is being traced that must be written in MLX's own operations."""
+    return _forms == _TRACEABLE
+
+
+def backend() -> str:
+    """ "CPU", "CUDA" or "Metal": where arrays are computed by default."""
+    if mx.default_device() != mx.Device(mx.gpu):
+        return "CPU"
+    return "Metal" if mx.metal.is_available() else "CUDA"
+
+
 def copied(x: mx.array) -> mx.array:
     """`x` in a buffer of its own: a view would hold the whole array it is cut from."""
     return cast(mx.array, _forms["copy"](x))
+
+
+class Pace:
+    """Lets MLX work ahead by one part of a computation, and no more: memory is handed out before the work is done.
+
+    Called with what each part ends in. Without it a GPU has the arrays of many parts at once; waiting for each part
+    instead leaves the GPU idle in between. Nothing happens while a graph is traced.
+    """
+
+    def __init__(self) -> None:
+        self._last: mx.array | None = None
+
+    def __call__(self, x: mx.array) -> None:
+        if is_traced():
+            return
+        mx.async_eval(x)
+        if self._last is not None:
+            mx.eval(self._last)
+        self._last = x
 
 
 def _on_cpu(x: mx.array) -> bool:

@@ -11,7 +11,7 @@ from mlx_wan.models.umt5 import UMT5Encoder
 from mlx_wan.parallel.spread import Spread
 from mlx_wan.parallel.team import Team
 from mlx_wan.parallel.tokens import TokenShare
-from mlx_wan.sampling import one_after_the_other
+from mlx_wan.sampling import Context, one_after_the_other
 from mlx_wan.weights.checkpoint import Checkpoint
 from mlx_wan.weights.fit import fit_tensors
 from mlx_wan.weights.load import fill, load_text_encoder, load_transformer
@@ -75,7 +75,7 @@ class Parallel:
         return 1 if self._text_encoder is None else 1 / self.size
 
     def passes(
-        self, velocity_for: Callable[[mx.array], mx.array], context: mx.array, negative_context: mx.array
+        self, velocity_for: Callable[[Context], mx.array], context: Context, negative_context: Context
     ) -> tuple[mx.array, mx.array]:
         """The velocities for prompt and negative prompt, as `sampling.one_after_the_other`."""
         if self._passes.size == 1:
