@@ -94,7 +94,8 @@ def test_released_models_are_planned_without_files(name):
     assert mx.get_peak_memory() - before < 100 * 2**20, "tables of angles at most"
     weights = {stage.name: stage.weights for stage in plan.stages}
     assert weights["text"] == pytest.approx(2 * 5.68e9, rel=0.01)  # UMT5-XXL's encoder has 5.68 billion parameters
-    billions = {"ti2v-5B": 5.0, "t2v-1.3B": 1.42, "i2v-14B": 16.4, "flf2v-14B": 16.4}.get(name, 14.3)
+    billions = {"ti2v-5B": 5.0, "t2v-1.3B": 1.42, "i2v-14B": 16.4, "flf2v-14B": 16.4}
+    billions = (billions | {"vace-1.3B": 2.15, "vace-14B": 17.3}).get(name, 14.3)
     assert weights["denoise"] == pytest.approx(2e9 * billions, rel=0.03)
 
 
