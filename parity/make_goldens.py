@@ -217,6 +217,25 @@ def runs21(wan):
     save("runs21", out)
 
 
+def vace(wan):
+    """WanVace with and without a source, UniPC; and one call of its transformer."""
+    out = {}
+    for case in small.VACE_CASES:
+        result = official.run(wan, "small-vace-14B", "vace", "unipc", GOLDEN / "tokenizer.json", case)
+        *steps, last = (channels_last(x) for x in result.latents)
+        out[f"{case}/latents"] = np.concatenate(steps)  # after each step; of the last without those of references
+        out[f"{case}/last"] = last
+        out[f"{case}/frames"] = channels_last(result.video)[0][::2, ::4, ::4]
+        out[f"{case}/noise"] = channels_last(result.noise)
+    network = official.small_models(wan, "small-vace-14B")["transformer"]
+    latents, control = (small.random(f"vace/{k}", (1, 3, 4, 6, n)) for k, n in (("latents", 16), ("control", 96)))
+    context = [torch.from_numpy(small.random("vace/context", (11, 64)))]
+    with torch.no_grad():
+        told = [channels_first(latents)], torch.tensor([640.0]), [channels_first(control)], context, 18
+        out["velocity"] = channels_last(network(*told, vace_context_scale=0.7)[0])
+    save("vace", out)
+
+
 def gradients(wan):
     """Of sum(output * probe) for each network: up to 32 numbers of every parameter's gradient, spread evenly."""
     out = {}
@@ -284,7 +303,7 @@ GOLDENS = {
     f.__name__: f
     for f in (names, tokens, text_encoder, transformer, vae, vae21, pictures, schedulers, runs, expert_runs, gradients)
 }
-GOLDENS21 = {f.__name__: f for f in (names, runs21)}
+GOLDENS21 = {f.__name__: f for f in (names, runs21, vace)}
 
 
 def main():

@@ -76,6 +76,7 @@ def load(folder):
     if is_21:
         del parts["vae"], parts["ti2v"]
         parts |= {"vae21": "wan.modules.vae", "clip": "wan.modules.clip", "flf2v": "wan.first_last_frame2video"}
+        parts |= {"vace_model": "wan.modules.vace_model", "vace": "wan.vace"}
     modules = {short: importlib.import_module(name) for short, name in parts.items()}
     return types.SimpleNamespace(is_21=is_21, **modules)
 
@@ -89,6 +90,8 @@ def build_one(wan, part, configuration):
     """One network, without weights, from our words for its dimensions."""
     c = dict(configuration)
     with torch.device("meta"):
+        if c.get("vace_layers"):
+            return wan.vace_model.VaceWanModel(**c | {"vace_layers": list(c["vace_layers"])})
         if part.startswith("transformer"):
             return wan.model.WanModel(**{k: v for k, v in c.items() if not k.startswith("image_")})
         if part == "image_encoder":
@@ -106,7 +109,7 @@ def with_weights(part, model):
     state = {k: torch.from_numpy(small.weight(part, k, tuple(p.shape))) for k, p in model.named_parameters()}
     model.load_state_dict(state, assign=True)
     if part.startswith("transformer"):  # its rotary table is no parameter: make it off "meta"
-        rope_params = sys.modules[type(model).__module__].rope_params
+        rope_params = sys.modules["wan.modules.model"].rope_params
         width = model.dim // model.num_heads
         third = 2 * (width // 6)
         model.freqs = torch.cat([rope_params(1024, w) for w in (width - 2 * third, third, third)], dim=1)
@@ -173,7 +176,9 @@ def _pipe(wan, model, tokenizer_json):
     encoder = object.__new__(wan.t5.T5EncoderModel)
     encoder.model, encoder.tokenizer = models["text_encoder"], tokenizer(wan, tokenizer_json, 512)
     task = "ti2v-5B" if model == "small" else model.removeprefix("small-")
-    kind = {"ti2v": "WanTI2V", "t2v": "WanT2V", "i2v": "WanI2V", "flf2v": "WanFLF2V"}[task.split("-")[0]]
+    kind = {"ti2v": "WanTI2V", "t2v": "WanT2V", "i2v": "WanI2V", "flf2v": "WanFLF2V", "vace": "WanVace"}[
+        task.split("-")[0]
+    ]
     pipe = object.__new__(getattr(getattr(wan, task.split("-")[0]), kind))
     config = wan.configs.WAN_CONFIGS[task]
     vars(pipe).update(
@@ -192,15 +197,35 @@ def _pipe(wan, model, tokenizer_json):
     return pipe, [pipe.model]
 
 
-def run(wan, model, task, solver, tokenizer_json):
-    """One whole run of a small model, "t2v", "i2v" or "flf2v".
+def _vace_source(pipe, case):
+    """What WanVace.generate takes, as its own prepare_source leaves it; that reads videos with decord, so not here."""
+    clip, mask, references = small.vace_source()
+    if case == "text":
+        return [torch.zeros(3, 9, 48, 64)], [torch.ones(1, 9, 48, 64)], [None]
+    video = torch.from_numpy(clip).permute(3, 0, 1, 2).float().div_(127.5).sub_(1.0)
+    masks = torch.clamp((torch.from_numpy(mask)[None].float().div_(127.5).sub_(1.0) + 1) / 2, min=0, max=1)
+    with tempfile.TemporaryDirectory() as folder:
+        files = [f"{folder}/{i}.png" for i in range(len(references))]
+        for file, reference in zip(files, references, strict=True):
+            PIL.Image.fromarray(reference).save(file)
+        size = types.SimpleNamespace(set_area=lambda _: None, set_seq_len=lambda _: None)
+        pipe.vid_proc = size
+        frames = types.SimpleNamespace(load_video_pair=lambda *_: (video, masks * 2 - 1, None, None, None))
+        pipe.vid_proc = types.SimpleNamespace(**vars(size), **vars(frames))
+        # Its sizes are the released ones; what follows does not look at them.
+        return pipe.prepare_source([clip], [mask], [files], 9, (1280, 720), "cpu")
+
+
+def run(wan, model, task, solver, tokenizer_json, case=None):
+    """One whole run of a small model, "t2v", "i2v", "flf2v" or "vace" (`small.VACE_CASES`).
 
     Returns latents after every step, noise, text embeddings, which transformer each step took, and the video in
     [-1, 1].
     """
     pipe, experts = _pipe(wan, model, tokenizer_json)
     seen = types.SimpleNamespace(latents=[], contexts=[], experts=[], noise=None)
-    settings = dict(({"": small.RUN} | small.EXPERT_RUNS | small.RUNS21)[model.removeprefix("small").removeprefix("-")])
+    known = {"": small.RUN} | small.EXPERT_RUNS | small.RUNS21 | {"vace-14B": small.VACE_RUN}
+    settings = dict(known[model.removeprefix("small").removeprefix("-")])
     width, height = settings.pop("width"), settings.pop("height")
     common = {
         "frame_num": settings["num_frames"], "shift": settings["shift"], "sample_solver": solver,
@@ -232,6 +257,9 @@ def run(wan, model, task, solver, tokenizer_json):
     try:
         if task == "t2v":
             seen.video = pipe.generate(small.RUN_PROMPT, size=(width, height), **common)
+        elif task == "vace":
+            common["context_scale"] = small.VACE_CASES[case]
+            seen.video = pipe.generate(small.RUN_PROMPT, *_vace_source(pipe, case), size=(width, height), **common)
         else:
             picture, last = (PIL.Image.fromarray(small.picture(name=name)) for name in ("picture", "last"))
             pictures = {"first_frame": picture, "last_frame": last} if task == "flf2v" else {"img": picture}

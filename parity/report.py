@@ -28,7 +28,7 @@ from mlx_wan.pipeline import WanPipeline
 def groups():
     """(name, pairs) for each row of the table."""
     yield f"text embeddings, {len(small.PROMPTS)} prompts", list(cases.text_encoder())
-    for label, got, want in (*cases.transformer(), *cases.experts()):
+    for label, got, want in (*cases.transformer(), *cases.experts(), *cases.vace_call()):
         yield f"transformer, {label}", [(label, got, want)]
     for kind, name in {"vae": "VAE", "vae21": "Wan2.1 VAE"}.items():
         for label, got, want in cases.vae(kind):
@@ -57,6 +57,11 @@ def groups():
             pipe = WanPipeline.from_pretrained(checkpoint.write_official(Path(folder), f"small-{kind}"), mx.float32)
             *_, latents, _ = cases.run21(pipe, kind)
             yield f"Wan2.1 {kind}, unipc, {settings['num_inference_steps']} guided steps: final latents", [latents]
+    with tempfile.TemporaryDirectory() as folder:
+        pipe = WanPipeline.from_pretrained(checkpoint.write_official(Path(folder), "small-vace-14B"), mx.float32)
+        for case in small.VACE_CASES:
+            *_, latents, _ = cases.vace_run(pipe, case)
+            yield f"Wan2.1 vace-14B, unipc, 4 guided steps, {case}: final latents", [latents]
     for case in cases.LOSSES:
         pairs = list(cases.gradients(case))
         got, want = (np.concatenate([pair[i] for pair in pairs]) for i in (1, 2))

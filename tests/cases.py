@@ -18,7 +18,7 @@ from PIL import Image
 
 from mlx_wan.conditioning import area_size, best_output_size, image_to_frame, stretched_frame
 from mlx_wan.models.clip import ImageEncoder, ImageEncoderConfig
-from mlx_wan.models.transformer import TransformerConfig, WanTransformer
+from mlx_wan.models.transformer import Control, TransformerConfig, WanTransformer
 from mlx_wan.models.umt5 import TextEncoderConfig, UMT5Encoder
 from mlx_wan.models.vae21 import VAE21Config, WanVAE21
 from mlx_wan.models.vae22 import FeatureCache, VAEConfig, WanVAE22
@@ -26,6 +26,7 @@ from mlx_wan.pipeline import WanPipeline
 from mlx_wan.sampling import Condition, Expert, denoise
 from mlx_wan.schedulers import DMD, make_scheduler
 from mlx_wan.text import Tokenizer, clean_prompt
+from mlx_wan.vace import Source
 from mlx_wan.zoo import NEGATIVE_PROMPT
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -277,6 +278,34 @@ def run21(pipe: WanPipeline, kind: str) -> Iterator[Pair]:
         yield f"latents after step {i + 1}", got, want
     assert out.frames is not None
     yield "frames", out.frames[::4, ::4, ::4], np.round((stored[f"{kind}/frames"] + 1) * 127.5)
+
+
+def vace_call() -> Iterator[Pair]:
+    """A call of VACE's small transformer."""
+    latents, control = (mx.array(small.random(f"vace/{k}", (1, 3, 4, 6, n))) for k, n in VACE_INPUTS)
+    context = np.zeros((1, small.VACE["text_len"], 64), np.float32)
+    context[0, :11] = small.random("vace/context", (11, 64))
+    model = load_small("transformer", "small-vace-14B")
+    got = model(latents, mx.array([640.0]), mx.array(context), control=Control(control, 0.7))
+    yield "VACE", np.array(got), golden("vace")["velocity"]
+
+
+def vace_run(pipe: WanPipeline, case: str) -> Iterator[Pair]:
+    """A whole run of `small.VACE_CASES`; the frames as whole numbers."""
+    stored, latents, source = golden("vace"), [], None
+    if case == "all":
+        clip, mask, references = small.vace_source()
+        source = Source(clip, mask, [Image.fromarray(one) for one in references], small.VACE_CASES[case])
+    note = lambda *step: latents.append(np.array(step[2])[0])  # noqa: E731
+    out = pipe(small.RUN_PROMPT, latents=stored[f"{case}/noise"], callback=note, source=source, **small.VACE_RUN)
+    for i, (got, want) in enumerate(zip(latents, stored[f"{case}/latents"], strict=False)):
+        yield f"latents after step {i + 1}", got, want
+    yield "the last latents", np.array(out.latents), stored[f"{case}/last"]
+    assert out.frames is not None
+    yield "frames", out.frames[::2, ::4, ::4], np.round((stored[f"{case}/frames"] + 1) * 127.5)
+
+
+VACE_INPUTS = (("latents", 16), ("control", 96))
 
 
 def official_layout(name: str, array: np.ndarray) -> np.ndarray:

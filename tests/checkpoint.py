@@ -41,6 +41,7 @@ def write_official(folder: Path, model: str = "small") -> Path:
         place = folder / experts[part] if "transformer_2" in parts else folder
         place.mkdir(parents=True, exist_ok=True)
         config = {"_class_name": "WanModel"} | {key: parts[part][key] for key in CONFIG_KEYS}
+        config |= {key: parts[part][key] for key in ("vace_layers", "vace_in_dim") if key in parts[part]}
         (place / "config.json").write_text(json.dumps(config))
         write_shards(place, official_weights(part, model))
     write_pth(folder / "models_t5_umt5-xxl-enc-bf16.pth", official_weights("text_encoder", model))

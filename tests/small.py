@@ -68,6 +68,8 @@ IMAGE_ENCODER = {
 I2V21 = I2V | {"image_dim": 1280}
 FLF2V21 = I2V21 | {"model_type": "flf2v", "image_positions": 514}
 
+VACE = T2V | {"model_type": "vace", "num_layers": 4, "vace_layers": (0, 2), "vace_in_dim": 96}
+
 # TI2V-5B: its config.json, wan/configs/wan_ti2v_5B.py, and the defaults in t5.py and vae2_2.py.
 RELEASED = {
     "transformer": TRANSFORMER | {"dim": 3072, "ffn_dim": 14336, "num_heads": 24, "num_layers": 30, "text_dim": 4096},
@@ -102,6 +104,8 @@ MODELS21 = {
         "image_encoder": IMAGE_ENCODER,
         "vae": VAE21,
     },
+    "small-vace-14B": {"transformer": VACE, "text_encoder": TEXT_ENCODER, "vae": VAE21},
+    "vace-14B": {"transformer": VACE | _14B | {"vace_layers": tuple(range(0, 40, 5))}},
     "i2v-14B": {
         "transformer": I2V21 | _14B,
         "image_encoder": IMAGE_ENCODER | {"ffn_dim": 5120, "out_dim": 1024, "num_layers": 32},
@@ -192,6 +196,16 @@ FEW_STEPS = {
     "euler": ((1000, 750, 500, 250),),
     "dpm++": ((1000, 750, 500, 250),),
 }
+# VACE: a source video, a mask of one of its corners, two references and a scale, or nothing of it all.
+VACE_RUN = {
+    "width": 64,
+    "height": 48,
+    "num_frames": 9,
+    "num_inference_steps": 4,
+    "guidance_scale": 5.0,
+    "shift": 16.0,
+}
+VACE_CASES = {"all": 0.8, "text": 1.0}  # and its scale
 RUN_PROMPT = "Two small cats &amp; a red ring,  slowly turning"
 I2V_NEGATIVE_PROMPT = "blurry"
 
@@ -246,6 +260,15 @@ def video(name: str, frames: int, height: int, width: int) -> np.ndarray:
     waves = [np.sin(0.5 * t + (0.21 + 0.05 * c) * x + (0.13 * c - 0.1) * y + c) for c in range(3)]
     clip = 0.7 * np.stack(waves, axis=-1) + 0.1 * random(name, (frames, height, width, 3))
     return np.clip(clip, -1, 1).astype(np.float32)[None]
+
+
+def vace_source() -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
+    """Video uint8 (9, 48, 64, 3), mask uint8 (9, 48, 64), and references: one of the size, one that is not."""
+    clip = np.round((video("vace", 9, 48, 64)[0] + 1) * 127.5).astype(np.uint8)
+    mask = np.zeros((9, 48, 64), np.uint8)
+    mask[2:, 11:, 20:] = 255
+    mask[4, :5] = 200
+    return clip, mask, [picture(48, 64, "reference"), picture()]
 
 
 def picture(height: int = 70, width: int = 100, name: str = "picture") -> np.ndarray:

@@ -92,6 +92,21 @@ def test_the_bound_tells_the_guidances_apart(experts):
     )
 
 
+# --- VACE -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", small.VACE_CASES)
+def test_a_run_of_vace(case, tmp_path):
+    pipe = mlx_wan.WanPipeline.from_pretrained(checkpoint.write_official(tmp_path / "VACE", "small-vace-14B"))
+    *latents, (_, frames, wanted) = cases.vace_run(pipe, case)
+    errors = [cases.relative_error(got, want) for _, got, want in latents]
+    assert len(errors) == small.VACE_RUN["num_inference_steps"]
+    assert max(errors) < 1e-4, errors
+    off = np.abs(frames - wanted)
+    assert off.max() <= 1
+    assert np.mean(off > 0) < 1e-3
+
+
 # --- Wan2.1 ---------------------------------------------------------------------------------------------------
 
 

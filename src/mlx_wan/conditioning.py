@@ -54,7 +54,7 @@ def area_size(width: int, height: int, stride_w: int, stride_h: int, max_area: i
 # Task -> frames of a clip that the model is shown, as channels beside its latents.
 KNOWN_FRAMES = {"i2v": (0,), "flf2v": (0, -1)}
 # Task -> how the size follows from a picture.
-SIZE_RULES = {"ti2v": best_output_size, "i2v": area_size, "flf2v": area_size}
+SIZE_RULES = {"ti2v": best_output_size, "i2v": area_size, "flf2v": area_size}  # of VACE: vace.source_size
 
 
 def image_to_frame(image: Image.Image, width: int, height: int) -> np.ndarray:

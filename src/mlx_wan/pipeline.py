@@ -15,7 +15,7 @@ from mlx_wan.lora.fuse import Adapters
 from mlx_wan.lora.words import AdapterWords
 from mlx_wan.models.autoencoder import WanVAE
 from mlx_wan.models.clip import ImageEncoder
-from mlx_wan.models.transformer import WanTransformer
+from mlx_wan.models.transformer import Control, WanTransformer
 from mlx_wan.models.umt5 import UMT5Encoder
 from mlx_wan.parallel.plan import ALONE, Parallel
 from mlx_wan.request import checked_interval, checked_start, noise_for, open_picture, or_default, text, whole
@@ -25,6 +25,7 @@ from mlx_wan.schedulers.flow import TRAIN_TIMESTEPS
 from mlx_wan.step_cache import StepCache
 from mlx_wan.text import Tokenizer, clean_prompt
 from mlx_wan.text_cache import TextCache
+from mlx_wan.vace import Source, control_channels, source_size
 from mlx_wan.weights.load import (
     Checkpoint,
     load_image_encoder,
@@ -85,6 +86,7 @@ class _Request:
     start: mx.array | Point  # noise, or where an earlier run stood
     cache: StepCache | None
     guidance_interval: tuple[float, float]  # noise levels
+    source: Source | None  # of VACE
 
 
 class WanPipeline(AdapterWords):
@@ -254,6 +256,7 @@ class WanPipeline(AdapterWords):
         timesteps: Sequence[float] | None = None,
         cache: float | None = None,
         guidance_interval: Sequence[float] | None = None,
+        source: Source | None = None,
     ) -> PipelineOutput:
         """Makes a video. What is None is the model's own default (`spec`).
 
@@ -282,6 +285,7 @@ class WanPipeline(AdapterWords):
             cache: a step whose velocity is expected to differ by less than this from the last one computed does
                 without the transformer, 0.1 for 10 %; None computes every step.
             guidance_interval: (low, high), the noise levels from 0 to 1 between which there is guidance; None: all.
+            source: what a VACE model works from; the size is this video's if none is asked for.
 
         Raises:
             UserError: a value that the model cannot take.
@@ -307,6 +311,7 @@ class WanPipeline(AdapterWords):
             timesteps,
             cache,
             guidance_interval,
+            source,
         )
         result, pieces = None, []
         for event in self._run(request, decode=output_type == "np"):
@@ -328,7 +333,7 @@ class WanPipeline(AdapterWords):
         """
         names = ("image", "negative_prompt", "width", "height", "num_frames", "num_inference_steps")
         names += ("guidance_scale", "shift", "scheduler", "seed", "latents", "last_image", "start")
-        names += ("timesteps", "cache", "guidance_interval")
+        names += ("timesteps", "cache", "guidance_interval", "source")
         unknown = sorted(options.keys() - set(names))
         if unknown:
             raise TypeError(f"stream() got an unexpected keyword argument {unknown[0]!r}")
@@ -345,6 +350,8 @@ class WanPipeline(AdapterWords):
                 yield Event("denoise", point.step, total, latents, point)
             if self.low_memory:
                 self._release_transformers()  # the generator kept none
+        if request.source is not None:
+            latents = latents[:, len(request.source.references) :]
         yield Event("latents", 1, 1, latents)
         if decode and self.parallel.is_first:
             for index, piece in enumerate(self.vae.stream_decode(latents), start=1):
@@ -391,11 +398,15 @@ class WanPipeline(AdapterWords):
         return context, negative
 
     def _encode_image(self, request: _Request) -> Generator[Event, None, Condition]:
-        if not request.pictures:
+        if not request.pictures and request.source is None:
             return Condition()
         from mlx_wan.conditioning import image_to_frame
 
-        if self.spec.task == "ti2v":
+        if request.source is not None:
+            size = request.width, request.height, request.num_frames
+            channels = control_channels(self.vae.encode, request.source, *size, self.checkpoint.vae_config.stride)
+            condition = Condition(control=Control(channels, request.source.scale))
+        elif self.spec.task == "ti2v":
             size = request.width, request.height
             frames = np.concatenate([image_to_frame(picture, *size) for picture in request.pictures.values()], axis=1)
             condition = Condition(first_frame=self.vae.encode(mx.array(frames)))
@@ -449,13 +460,14 @@ class WanPipeline(AdapterWords):
         timesteps: Sequence[float] | None = None,
         cache: float | None = None,
         guidance_interval: Sequence[float] | None = None,
+        source: Source | None = None,
     ) -> _Request:
         spec = self.spec
         given = [open_picture(each) for each in (image if isinstance(image, list | tuple) else [image])]
         first, last = [picture for picture in given if picture is not None], open_picture(last_image)
         picture = first[0] if first else None
         spec.check_pictures(picture is not None, last is not None)
-        width, height = self._size(whole("width", width), whole("height", height), picture)
+        width, height = self._size(whole("width", width), whole("height", height), picture, source)
         num_frames = or_default(whole("num_frames", num_frames), spec.num_frames)
         if len(first) > 1 and ((len(first) - 1) % spec.vae_stride[0] or len(first) >= num_frames):
             raise UserError(f"image is {len(first)} pictures; one or {spec.vae_stride[0]}n+1, fewer than the frames")
@@ -467,7 +479,11 @@ class WanPipeline(AdapterWords):
             raise UserError("cache: dmd adds new noise after every step, so no velocity is like the one before")
         if solver == "dmd" and seed is None:
             seed = secrets.randbelow(2**32)  # of the noise between the steps, if not of the first
-        shape = self._latent_shape(width, height, num_frames)
+        if spec.task == "vace":
+            source = source or Source()
+        elif source is not None:
+            raise UserError(f"{spec.name} takes no source video or reference pictures: use a VACE model")
+        shape = self._latent_shape(width, height, num_frames, source)
         noise, seed = noise_for(latents, seed, shape) if start is None else (checked_start(start, latents, shape), seed)
         self.scheduler = make_scheduler(
             solver,
@@ -489,28 +505,34 @@ class WanPipeline(AdapterWords):
             noise,
             None if cache is None else StepCache(cache, self.parallel.agree),
             checked_interval(guidance_interval),
+            source,
         )
 
-    def _size(self, width: int | None, height: int | None, picture: "Image.Image | None") -> tuple[int, int]:
+    def _size(
+        self, width: int | None, height: int | None, picture: "Image.Image | None", source: Source | None
+    ) -> tuple[int, int]:
         if (width is None) != (height is None):
             raise UserError("give both width and height, or neither")
         if width is not None and height is not None:
             return width, height
+        area = self.spec.width * self.spec.height
+        if source is not None and source.video is not None:
+            rows, columns = source.video.shape[1:3]
+            return source_size(columns, rows, *self.checkpoint.size_steps, area)
         if picture is None:
             return self.spec.width, self.spec.height
         from mlx_wan.conditioning import SIZE_RULES
 
-        area = self.spec.width * self.spec.height
         return SIZE_RULES[self.spec.task](picture.width, picture.height, *self.checkpoint.size_steps, area)
 
-    def _latent_shape(self, width: int, height: int, num_frames: int) -> tuple[int, ...]:
+    def _latent_shape(self, width: int, height: int, num_frames: int, source: Source | None) -> tuple[int, ...]:
         step_w, step_h = self.checkpoint.size_steps
         stride_t, stride_h, stride_w = self.checkpoint.vae_config.stride
         if width <= 0 or height <= 0 or width % step_w or height % step_h:
             raise UserError(f"size {width}x{height}: width must be a multiple of {step_w} and height of {step_h}")
         if num_frames < 1 or num_frames % stride_t != 1 % stride_t:
             raise UserError(f"num_frames is {num_frames}; it must be {stride_t}n+1, such as {self.spec.num_frames}")
-        frames = (num_frames - 1) // stride_t + 1
+        frames = (num_frames - 1) // stride_t + 1 + (len(source.references) if source else 0)
         return 1, frames, height // stride_h, width // stride_w, self.checkpoint.vae_config.z_dim
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from mlx_wan.errors import WanError
-from mlx_wan.models.transformer import Text, WanTransformer
+from mlx_wan.models.transformer import Control, Text, WanTransformer
 from mlx_wan.schedulers import Scheduler
 from mlx_wan.step_cache import Kept, StepCache, computed, reused
 
@@ -56,11 +56,13 @@ class Condition:
         image: (B, m, image_dim) embeddings of pictures, for transformers that take them.
         channels: (B, t, h, w, ·) put beside the latents' channels whenever the transformer is asked (official
             `WanI2V`).
+        control: what VACE is told.
     """
 
     first_frame: mx.array | None = None
     channels: mx.array | None = None
     image: mx.array | None = None
+    control: Control | None = None
 
 
 class Point(NamedTuple):
@@ -97,16 +99,18 @@ def guided_velocity(
     negative_context: Context,
     image: mx.array | None = None,
     passes: Passes = one_after_the_other,
+    control: Control | None = None,
 ) -> mx.array:
     """Classifier-free guidance: the velocity away from the negative prompt, towards the prompt.
 
     A scale of 1 is the prompt alone and costs one pass instead of two. Shapes as in `WanTransformer`.
     """
     transformer, guidance_scale = expert[:2]
-    known = () if image is None else (image,)
+    given: dict[str, Any] = {"image": image, "control": control}
+    known = {name: value for name, value in given.items() if value is not None}
 
     def velocity_for(context: Context) -> mx.array:
-        return transformer(latents, timesteps, context, *known)
+        return transformer(latents, timesteps, context, **known)
 
     if guidance_scale == 1:
         return velocity_for(context)
@@ -148,7 +152,7 @@ def denoise(
             velocity, kept = reused(kept, about[0])
         else:
             inputs, timesteps = _inputs(latents, t, condition)
-            velocity = _velocity(expert, reader, inputs, timesteps, condition.image, passes)
+            velocity = _velocity(expert, reader, inputs, timesteps, condition, passes)
             if cache is not None:
                 kept = computed(kept, velocity, *about, given)
         del expert
@@ -171,11 +175,12 @@ def _inputs(latents: mx.array, t: float, condition: Condition) -> tuple[mx.array
 
 
 def _velocity(
-    expert: Expert, reader: _Reader, inputs: mx.array, timesteps: mx.array, image: mx.array | None, passes: Passes
+    expert: Expert, reader: _Reader, inputs: mx.array, timesteps: mx.array, condition: Condition, passes: Passes
 ) -> mx.array:
     """`guided_velocity` of the texts as this expert reads them."""
     context, negative_context = reader.texts(expert)
-    return guided_velocity(expert, inputs, timesteps, context, negative_context, image, passes)
+    known = condition.image, passes, condition.control
+    return guided_velocity(expert, inputs, timesteps, context, negative_context, *known)
 
 
 def _check(latents: mx.array, step: int, steps: int) -> None:

@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_wan.errors import UserError
 from mlx_wan.memory.plan import Dimensions, Setting, gib, image_work, make_vae, nearest, plans, transformer_inputs
-from mlx_wan.models.transformer import WanTransformer
+from mlx_wan.models.transformer import Control, WanTransformer
 from mlx_wan.models.umt5 import UMT5Encoder
 from mlx_wan.weights.fit import parameter_dtype
 from mlx_wan.weights.quantize import Quantization, quantize_module
@@ -131,9 +131,15 @@ def _transformer(model: Dimensions, setting: Setting, repeat: int, pieces: int) 
     inputs[1] = mx.full(inputs[1].shape, TIMESTEP)
     if inputs[1].size > 1:
         inputs[1][:, 0] = 0  # of a given first frame
-    t, h, w = module.token_grid(inputs[0].shape)
+    (latents, timesteps, context, *images), control = inputs, None
+    if model.transformer.vace_layers:
+        control = Control(mx.random.normal((*latents.shape[:-1], model.transformer.vace_in_dim)))
+        mx.eval(control.channels)
+    image = images[0] if images else None
+    t, h, w = module.token_grid(latents.shape)
     mx.eval(inputs)
-    yield _calls("transformer", f"{t * h * w} tokens", module, lambda: module(*inputs), repeat)
+    call = lambda: module(latents, timesteps, context, image, control)  # noqa: E731
+    yield _calls("transformer", f"{t * h * w} tokens", module, call, repeat)
 
 
 def _vae(part: str, model: Dimensions, setting: Setting, repeat: int, pieces: int) -> Iterator[Measurement]:

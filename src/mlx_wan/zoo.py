@@ -55,7 +55,7 @@ class ModelSpec:
     Attributes:
         name: what `--task` and a native config.json call it.
         task: "t2v": text to video; "i2v": text and a first frame to video; "ti2v": either; "flf2v": text, a first and a
-            last frame.
+            last frame; "vace": text, and a video, a mask or reference pictures.
         hub_id: its repository on the Hugging Face Hub; None when it ships with the package.
         vae_stride: frames, rows and columns of video for one latent.
         sizes: (width, height) pairs it was trained for; other sizes work but may look worse.
@@ -98,6 +98,8 @@ class ModelSpec:
         """UserError if the model cannot do without a picture for the first or last frame, or not with one."""
         if self.task in ("i2v", "flf2v") and not first:
             raise UserError(f"{self.name} makes a video of a picture: give an image")
+        if self.task == "vace" and (first or last):
+            raise UserError(f"{self.name} takes a source video, a mask and reference pictures, no first or last frame")
         if self.task == "t2v" and (first or last):
             raise UserError(f"{self.name} takes no picture: leave the image out, or use an I2V or TI2V model")
         if self.task == "flf2v" and not last:
@@ -246,6 +248,18 @@ MODELS: dict[str, ModelSpec] = {
         takes_last=True,
         negative_prompt=f"镜头切换，镜头晃动，{NEGATIVE_PROMPT}",  # cuts
     ),
+    # generate.py of Wan2.1 has its configurations of text to video for these, with a shift of 16.
+    "vace-1.3B": _vae21_model(
+        "vace-1.3B",
+        "Wan2.1-VACE-1.3B",
+        sizes=((832, 480), (480, 832)),
+        width=832,
+        height=480,
+        num_inference_steps=50,
+        guidance_scale=5.0,
+        shift=16.0,
+    ),
+    "vace-14B": _vae21_model("vace-14B", "Wan2.1-VACE-14B", num_inference_steps=50, guidance_scale=5.0, shift=16.0),
     # The embedded model; its own config.json has the last word on how it is sampled.
     "tiny": ModelSpec(
         name="tiny",
@@ -265,6 +279,8 @@ MODELS: dict[str, ModelSpec] = {
 }
 
 
+# The blocks that take a hint, which tensors do not tell either.
+VACE_LAYERS = {"vace-1.3B": tuple(range(0, 30, 2)), "vace-14B": tuple(range(0, 40, 5))}
 HEAD_DIM = 128  # of every released transformer, which its tensors do not tell
 
 
@@ -298,11 +314,13 @@ _5B, _14B, _1_3B = (3072, 14336, 30), (5120, 13824, 40), (1536, 8960, 30)
 RELEASES: tuple[Release, ...] = (
     _transformer("Wan2.2 TI2V-5B", _5B, 48, 48, "ti2v-5B"),
     # Same names and shapes: only what a folder holds besides tells these two apart.
-    _transformer("Wan2.2 T2V-A14B (one expert) or Wan2.1 T2V-14B", _14B, 16, 16, "t2v-A14B", "t2v-14B"),
+    _transformer("Wan2.2 T2V-A14B (one expert) or Wan2.1 T2V-14B", _14B, 16, 16, "t2v-A14B", "t2v-14B", vace_in_dim=0),
     _transformer("Wan2.2 I2V-A14B (one expert)", _14B, 36, 16, "i2v-A14B", image_dim=0),
     _transformer("Wan2.1 I2V-14B", _14B, 36, 16, "i2v-14B", image_dim=1280, image_positions=0),
     _transformer("Wan2.1 FLF2V-14B", _14B, 36, 16, "flf2v-14B", image_dim=1280, image_positions=514),
-    _transformer("Wan2.1 T2V-1.3B", _1_3B, 16, 16, "t2v-1.3B"),
+    _transformer("Wan2.1 T2V-1.3B", _1_3B, 16, 16, "t2v-1.3B", vace_in_dim=0),
+    _transformer("Wan2.1 VACE-14B", _14B, 16, 16, "vace-14B", vace_in_dim=96),
+    _transformer("Wan2.1 VACE-1.3B", _1_3B, 16, 16, "vace-1.3B", vace_in_dim=96),
     Release(
         "UMT5-XXL encoder",
         "text_encoder",

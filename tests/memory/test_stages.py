@@ -87,14 +87,15 @@ def test_small_runs_of_every_kind_hold_what_was_planned(tmp_path, name, pictures
 @pytest.mark.parametrize("name", [name for name, spec in MODELS.items() if spec.hub_id])
 def test_released_models_are_planned_without_files(name):
     model = Dimensions.of_release(name)
-    pictures = {"t2v": 0, "ti2v": 0, "i2v": 1, "flf2v": 2}[model.spec.task]
+    pictures = {"t2v": 0, "ti2v": 0, "i2v": 1, "flf2v": 2, "vace": 0}[model.spec.task]
     before = mx.get_active_memory()
     mx.reset_peak_memory()
     _, plan = plans(model, Setting(832, 480, 81, mx.bfloat16, pictures), "CPU")
     assert mx.get_peak_memory() - before < 100 * 2**20, "tables of angles at most"
     weights = {stage.name: stage.weights for stage in plan.stages}
     assert weights["text"] == pytest.approx(2 * 5.68e9, rel=0.01)  # UMT5-XXL's encoder has 5.68 billion parameters
-    billions = {"ti2v-5B": 5.0, "t2v-1.3B": 1.42, "i2v-14B": 16.4, "flf2v-14B": 16.4}.get(name, 14.3)
+    billions = {"ti2v-5B": 5.0, "t2v-1.3B": 1.42, "i2v-14B": 16.4, "flf2v-14B": 16.4}
+    billions = (billions | {"vace-1.3B": 2.15, "vace-14B": 17.3}).get(name, 14.3)
     assert weights["denoise"] == pytest.approx(2e9 * billions, rel=0.03)
 
 

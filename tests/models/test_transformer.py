@@ -7,6 +7,7 @@ from mlx.utils import tree_flatten
 
 from mlx_wan.models.transformer import (
     FLOAT32_PARAMETERS,
+    Control,
     TransformerConfig,
     WanTransformer,
     timestep_embedding,
@@ -31,7 +32,7 @@ def test_official_code_agrees():
     assert max(errors.values()) < 1e-5, errors
 
 
-@pytest.mark.parametrize("name", ["ti2v-5B", "t2v-A14B", "i2v-A14B", "i2v-14B"])
+@pytest.mark.parametrize("name", ["ti2v-5B", "t2v-A14B", "i2v-A14B", "i2v-14B", "vace-14B"])
 def test_released_models_have_the_official_names_and_shapes(name):
     """Arrays are made lazily, so even fourteen billion parameters cost nothing here."""
     want = {
@@ -48,6 +49,20 @@ def test_official_experts_agree():
     errors = {label: cases.relative_error(got, want) for label, got, want in cases.experts()}
     assert len(errors) == 2
     assert max(errors.values()) < 1e-5, errors
+
+
+def test_official_vace_agrees():
+    (error,) = (cases.relative_error(got, want) for _, got, want in cases.vace_call())
+    assert error < 1e-5
+
+
+def test_a_control_where_it_belongs(model, inputs):
+    latents, context = inputs
+    t = mx.array([700.0, 31.0])
+    with pytest.raises(ValueError, match="a control has no place in this model"):
+        model(latents, t, context, control=Control(mx.zeros((2, 3, 6, 4, 96))))
+    with pytest.raises(ValueError, match="a control is needed"):
+        cases.load_small("transformer", "small-vace-14B")(mx.zeros((1, 1, 4, 4, 16)), t[:1], context[:1])
 
 
 def test_image_tokens_where_they_belong(model, inputs):

@@ -6,6 +6,7 @@ import checkpoint
 import numpy as np
 import pytest
 import ranks
+import small
 
 import mlx_wan
 from mlx_wan.cli.main import main
@@ -126,4 +127,17 @@ def test_two_processes_make_a_longer_video(folder, tmp_path):
     assert main(line(folder, alone, flags)[2:]) == 0
     together, single = (read_video(file)[0].astype(int) for file in (path, alone))
     assert together.shape == (13, 64, 96, 3)
+    assert np.abs(together - single).max() <= 2
+
+
+def test_two_processes_share_the_control_of_vace(tmp_path):
+    folder, clip = checkpoint.write_official(tmp_path / "vace", "small-vace-14B"), tmp_path / "clip.mp4"
+    with VideoWriter(clip, 16, codec="lossless") as writer:
+        writer.write(small.vace_source()[0])
+    flags = f"--sample_steps 2 --seed 3 --codec lossless --src_video {clip}"
+    path, alone = tmp_path / "two.mp4", tmp_path / "one.mp4"
+    results = ranks.finish(ranks.start(tmp_path, 2, line(folder, path, f"{flags} --ulysses_size 2 --dit_fsdp")))
+    assert [code for code, *_ in results] == [0, 0], results
+    assert main(line(folder, alone, flags)[2:]) == 0
+    together, single = (read_video(file)[0].astype(int) for file in (path, alone))
     assert np.abs(together - single).max() <= 2

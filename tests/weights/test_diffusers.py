@@ -184,3 +184,48 @@ def test_a_second_expert_without_a_boundary(experts):
     checkpoints.edit_json(experts / "model_index.json", boundary_ratio=None)
     with pytest.raises(CheckpointError, match=r"transformer_2 is there, but model_index\.json names no boundary_ratio"):
         locate(experts)
+
+
+# --- VACE -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def vace(experts):
+    """A VACE repository: index, transformer's config and names as diffusers writes them, the rest as T2V's."""
+    golden = json.loads((checkpoint.GOLDEN / "diffusers_vace.json").read_text())
+    shutil.rmtree(experts / "transformer_2")
+    (experts / "model_index.json").write_text(json.dumps(golden["model_index"]))
+    (experts / "transformer" / "config.json").write_text(json.dumps(golden["config"]))
+    weights = checkpoint.official_weights("transformer", "small-vace-14B")
+    tensors = {own: weights[name] for own, name in golden["tensors"].items()}
+    checkpoints.save_safetensors(experts / "transformer" / "diffusion_pytorch_model.safetensors", tensors)
+    return experts
+
+
+def test_a_vace_repository(vace, tmp_path):
+    found = locate(vace)
+    assert (found.layout.name, found.spec.task) == ("Diffusers", "vace")
+    assert found.transformer_config.vace_layers == (0, 2)
+    want = checkpoint.official_weights("transformer", "small-vace-14B")
+    for folder in (vace, convert(vace, tmp_path / "native"), convert(vace, tmp_path / "official", to="official")):
+        again = locate(folder)
+        got = dict(tree_flatten(load_transformer(again, mx.float32).parameters()))
+        assert (again.spec.task, again.transformer_config.vace_layers) == ("vace", (0, 2))
+        assert got.keys() == want.keys()
+        assert all(np.array_equal(np.array(got[n]), cases.native(n, want[n])) for n in want)
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ([0], r"vace_layers is \[0\], but the tensors in .* have 2"),
+        ([2, 0], r"vace_layers is \[2, 0\]"),
+        ("x", "vace_layers is 'x'"),
+        ([1, 2], r"vace_layers \[1, 2\] must begin with 0 and be less than 4"),
+        ([0, 4], r"vace_layers \[0, 4\] must begin with 0 and be less than 4"),
+    ],
+)
+def test_layers_of_vace_that_cannot_be(vace, layers, message):
+    checkpoints.edit_json(vace / "transformer" / "config.json", vace_layers=layers)
+    with pytest.raises(CheckpointError, match=message):
+        locate(vace)

@@ -98,7 +98,6 @@ def test_knows_the_wan21_vae():
     [
         ("casual_audio_encoder.weights", "transformer", "Wan2.2 S2V-14B"),
         ("pose_patch_embedding.weight", "transformer", "Wan2.2 Animate-14B"),
-        ("vace_blocks.0.x", "transformer", "Wan2.1 VACE"),
         ("diffusion_model.blocks.0.cross_attn.q.lora_down.weight", "lora", "LoRA"),
         ("lora_unet_blocks_0_ffn_0.alpha", "lora", "LoRA"),
         ("conv.weight", "unknown", "unknown"),

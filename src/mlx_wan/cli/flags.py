@@ -58,6 +58,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     extend.add_argument(
         "--prompt_extend_target_lang", choices=LANGUAGES, default="zh", help="to write in (%(default)s)"
     )
+    vace = parser.add_argument_group("source: what a VACE model works from")
+    vace.add_argument("--src_video", metavar="VIDEO", help="a video to change, or to follow (depth, pose, ...)")
+    vace.add_argument("--src_mask", metavar="FILE", help="a video or picture, white where it may change")
+    vace.add_argument("--src_ref_images", metavar="FILE,FILE", help="pictures of what the video is to show")
+    vace.add_argument("--context_scale", type=float, metavar="X", help="how much all of that counts (default 1)")
     model = parser.add_argument_group("model: which one")
     model.add_argument("--task", help=f"which model it must be: {', '.join(TASKS)} (default: what --ckpt_dir holds)")
     model.add_argument(

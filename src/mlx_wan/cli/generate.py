@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_wan import backend
-from mlx_wan.cli import longer, report, resume, settings
+from mlx_wan.cli import longer, report, resume, settings, sources
 from mlx_wan.cli.flags import DTYPE_BYTES, FILES, TASKS, add_flags
 from mlx_wan.cli.fuse import parse_loras
 from mlx_wan.cli.progress import JsonProgress, Progress
@@ -41,7 +41,7 @@ LARGEST_SEED = 2**63 - 1
 def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser = commands.add_parser("generate", help=SUMMARY, description=SUMMARY)
     # What settings.fill finds in a video, and longer.read in the one that goes on.
-    parser.set_defaults(recorded=None, exact_size=False, extended={}, places={}, before=None)
+    parser.set_defaults(recorded=None, exact_size=False, extended={}, places={}, before=None, source=None)
     add_flags(parser)
     return parser
 
@@ -132,6 +132,7 @@ def _jobs(args: argparse.Namespace, name: str, taken: set[Path]) -> list[Job]:
     checkpoint = locate("tiny" if alone else args.ckpt_dir, task=args.task, **files)
     _check_task(args.task, checkpoint)
     image = longer.read(args, checkpoint, image)
+    args.source = sources.read(args, checkpoint)
     checkpoint.spec.check_pictures(image is not None, last is not None)
     if alone and not args.replay:
         _note("no --ckpt_dir: the small embedded model draws this (coloured shapes that move)")
@@ -144,7 +145,9 @@ def _jobs(args: argparse.Namespace, name: str, taken: set[Path]) -> list[Job]:
         options: dict[str, Any] = _options(one, checkpoint, image) | ({} if last is None else {"last_image": last})
         options["seed"] = args.crew.same_seed(options["seed"], drawn=seed < 0)
         longer.check(one, checkpoint, options)
-        args.crew.agree(checkpoint, {"prompt": args.prompt, "--dtype": args.dtype, "LoRAs": loras, **options})
+        args.crew.agree(
+            checkpoint, {"prompt": args.prompt, "--dtype": args.dtype, "LoRAs": loras, **sources.seen(args), **options}
+        )
         if args.resume:
             resume.check(args, _facts(one, checkpoint, options))
         if wanted is None:
@@ -245,7 +248,7 @@ def _make(
         if args.extend:
             events = extend.stream(pipe, args.prompt, parts, args.overlap, args.before, done, start, **options)
         else:
-            events = pipe.stream(args.prompt, **options, start=start)
+            events = pipe.stream(args.prompt, **options, start=start, source=args.source)
         facts = _facts(args, checkpoint, options)
         with contextlib.ExitStack() as stack:
             keeper = behind = None
@@ -266,7 +269,7 @@ def _make(
                     keeper.saw(event)
                 if event.stage == "denoise" and previews:
                     previews.write(event.index, event.value)
-                _follow(event, progress, behind, with_image=bool(args.image or args.extend))
+                _follow(event, progress, behind, with_image=bool(args.image or args.extend or args.source))
         if args.save_settings and is_first:
             save_settings(settings_path(path), facts)
     if args.cache is not None:
@@ -278,7 +281,7 @@ def _facts(args: argparse.Namespace, checkpoint: "Checkpoint", options: dict[str
     """What the video will carry."""
     fps = args.fps or checkpoint.spec.fps
     dtype = args.dtype or str(backend.default_dtype()).removeprefix("mlx.core.")
-    more = {**args.extended, **longer.facts(args)}
+    more = {**args.extended, **longer.facts(args), **sources.facts(args)}
     return settings.facts(args, checkpoint, options, **more, fps=fps, dtype=dtype)
 
 
@@ -317,7 +320,7 @@ def _check_flags(args: argparse.Namespace) -> None:
         raise UserError("the following arguments are required: --prompt (see mlx-wan generate --help)")
     if args.save_every is not None and args.save_every < 1:
         raise UserError(f"--save_every {args.save_every}: must be at least 1")
-    for flag in ("image", "last_frame", "save_file", "ckpt_dir", "text_cache", *FILES):
+    for flag in ("image", "last_frame", "save_file", "ckpt_dir", "text_cache", *sources.FLAGS[:3], *FILES):
         if getattr(args, flag) == "":  # an unset variable of a script: no reason to do something else silently
             raise UserError(f"--{flag} is empty; give a name, or leave the flag out")
     if args.use_prompt_extend:
@@ -400,6 +403,7 @@ def _options(args: argparse.Namespace, checkpoint: "Checkpoint", image: Any) -> 
 def _size(args: argparse.Namespace, checkpoint: "Checkpoint", image: Any) -> tuple[int, int]:
     spec = checkpoint.spec
     width, height = (spec.width, spec.height) if args.size is None else parse_size(args.size)
+    source = args.source.video if args.source else None
     step_w, step_h = checkpoint.size_steps
     if spec.name == "i2v-14B" and args.size is None:
         _note(f"the 480P and the 720P model look the same: {width}*{height} is assumed; --size 832*480 for the other")
@@ -410,6 +414,10 @@ def _size(args: argparse.Namespace, checkpoint: "Checkpoint", image: Any) -> tup
         from mlx_wan.conditioning import SIZE_RULES
 
         return SIZE_RULES[spec.task](image.width, image.height, step_w, step_h, width * height)
+    if source is not None and not args.exact_size:
+        from mlx_wan.vace import source_size
+
+        return source_size(source.shape[2], source.shape[1], step_w, step_h, width * height)
     if width % step_w or height % step_h or not width or not height:
         near = "*".join(str(max(round(n / step), 1) * step) for n, step in ((width, step_w), (height, step_h)))
         raise UserError(f"--size {args.size}: width must be a multiple of {step_w}, height of {step_h}; try {near}")
@@ -457,7 +465,9 @@ def _low_memory(args: argparse.Namespace, checkpoint: "Checkpoint", options: dic
     pictures = sum(options.get(name) is not None for name in ("image", "last_image"))
     begins = args.overlap if args.extend else 1
     both = args.keep_both_experts
-    setting = Setting(*size, dtype, max(pictures, bool(args.extend)), keep_both_experts=both, begins=begins)
+    references = len(args.source.references) if args.source else 0
+    pictures = max(pictures, bool(args.extend))
+    setting = Setting(*size, dtype, pictures, keep_both_experts=both, references=references, begins=begins)
     memory = sys.maxsize if args.ignore_plan else backend.usable_memory()
     return choose(Dimensions.of_checkpoint(checkpoint), setting, backend.device_name(), memory).low_memory
 

@@ -30,6 +30,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--frame_num", "--num_frames", type=int, metavar="N", help="number of frames, 4n+1")
     parser.add_argument("--with_image", action="store_true", help="a first frame is given (TI2V; I2V has one always)")
     parser.add_argument("--overlap", type=int, metavar="N", help="as of a video that goes on (generate --extend)")
+    parser.add_argument("--references", type=int, default=0, metavar="N", help="pictures given to a VACE model")
     parser.add_argument("--dtype", choices=tuple(DTYPE_BYTES), help="of weights and products (default: by device)")
     parser.add_argument(
         "-q", "--bits", type=int, metavar="BITS", help="as if `mlx-wan convert -q` had packed the model"
@@ -94,8 +95,8 @@ def planned_setting(args: argparse.Namespace, model: "Dimensions", keep_both_exp
         raise UserError(f"--size {args.size}: {steps}")
     if frames < 1 or (frames - 1) % stride_t:
         raise UserError(f"--frame_num {frames}: must be {stride_t}n+1")
-    pictures = {"t2v": 0, "ti2v": int(args.with_image), "i2v": 1, "flf2v": 2}[spec.task]
-    if args.with_image and spec.task == "t2v":
+    pictures = {"t2v": 0, "ti2v": int(args.with_image), "i2v": 1, "flf2v": 2, "vace": 0}[spec.task]
+    if args.with_image and spec.task in ("t2v", "vace"):
         raise UserError(f"{spec.name} takes no picture: leave --with_image out")
     if args.overlap is not None:
         from mlx_wan import extend
@@ -103,5 +104,6 @@ def planned_setting(args: argparse.Namespace, model: "Dimensions", keep_both_exp
         extend.check(spec, frames, args.overlap, last=False)
         pictures = 1
     dtype = getattr(mx, args.dtype) if args.dtype else backend.default_dtype()
-    begins = args.overlap or 1
-    return Setting(width, height, frames, dtype, pictures, keep_both_experts=keep_both_experts, begins=begins)
+    both, begins = args.keep_both_experts, args.overlap or 1
+    more = {"references": args.references, "begins": begins}
+    return Setting(width, height, frames, dtype, pictures, keep_both_experts=both, **more)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mlx_wan.cli import settings
 from mlx_wan.cli.fuse import parse_loras
 from mlx_wan.cli.report import note
+from mlx_wan.cli.sources import references
 from mlx_wan.errors import UserError, WanError
 from mlx_wan.formats import FORMATS, resume_path, resumed_output
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 # What of a run's settings may be another when it goes on: how the video is written, where files are (their fingerprints
 # are compared), and what is said in a note.
-FREE = {"fps", "mlx", "mlx_wan", "device", "ckpt_dir", "parts", *settings.FILES}
+FREE = {"fps", "mlx", "mlx_wan", "device", "ckpt_dir", "parts", *settings.FILES, settings.REFERENCES}
 KEPT = ("codec", "save_every", "save_settings")  # flags that settings do not tell
 LONGEST = 60  # characters of a value in a message
 
@@ -31,6 +32,7 @@ def record(args: argparse.Namespace, facts: dict[str, Any]) -> dict[str, Any]:
     """What is kept beside a point: the settings that the video will carry, and what is needed to find it all again."""
     files = [(flag, getattr(args, flag)) for flag in (*settings.FILES.values(), *settings.PARTS, "ckpt_dir")]
     files += [("lora" if lora.expert is None else f"lora_{lora.expert}", lora.path) for lora in parse_loras(args)]
+    files += [(settings.REFERENCES, file) for file in references(args)]
     there = [(flag, Path(file)) for flag, file in files if file and Path(file).exists()]
     return {
         "settings": facts,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from mlx_wan import backend
 from mlx_wan.cli.fuse import parse_loras
 from mlx_wan.cli.report import note
+from mlx_wan.cli.sources import references
 from mlx_wan.errors import UserError
 
 if TYPE_CHECKING:
@@ -30,10 +31,18 @@ FLAGS: dict[str, tuple[str, type | tuple[type, ...]]] = {
     "dtype": ("dtype", str),
     "extend": ("extend", int),
     "overlap": ("overlap", int),
+    "context_scale": ("context_scale", NUMBER),
 }
 BY_STEPS = ("num_inference_steps", "shift")  # which a list of timesteps takes the place of
 # Pictures, and a video that goes on: in the video by name and fingerprint.
-FILES = {"image": "image", "last_image": "last_frame", "video": "extend_from"}
+FILES = {
+    "image": "image",
+    "last_image": "last_frame",
+    "video": "extend_from",
+    "src_video": "src_video",
+    "src_mask": "src_mask",
+}
+REFERENCES = "src_ref_images"  # several pictures: in the video and as a flag
 PARTS = (
     "transformer",
     "transformer_2",
@@ -58,8 +67,12 @@ def facts(args: argparse.Namespace, checkpoint: "Checkpoint", options: dict[str,
     settings = {name: value for name, value in options.items() if name not in FILES}
     if loras:
         settings |= {"loras": [lora.facts() for lora in loras], "fuse": args.fuse}
+    if pictures_of := references(args):
+        settings |= {REFERENCES: [Path(file).name for file in pictures_of]}
     prints: dict[str, Any] = {"model": model_fingerprint(checkpoint)}
     prints |= {name: file_fingerprint(file) for name, file in pictures.items()}
+    if pictures_of:
+        prints[REFERENCES] = [file_fingerprint(file) for file in pictures_of]
     if loras:
         prints["loras"] = [file_fingerprint(lora.path) for lora in loras]
     parts = {part: Path(getattr(args, part)).name for part in PARTS if getattr(args, part)}
@@ -158,6 +171,8 @@ def _fill_files(args: argparse.Namespace, recorded: dict[str, Any]) -> None:
     for name, flag in FILES.items():
         if getattr(args, flag) is None and name in recorded:
             setattr(args, flag, str(_at_hand(args, recorded[name], flag)))
+    if recorded.get(REFERENCES) and args.src_ref_images is None:
+        args.src_ref_images = ",".join(str(_at_hand(args, name, REFERENCES)) for name in recorded[REFERENCES])
     if recorded.get("loras") and not parse_loras(args):
         for lora in recorded["loras"]:
             flag = f"lora_{lora['expert']}" if "expert" in lora else "lora"
@@ -190,6 +205,9 @@ def _changed_files(args: argparse.Namespace, recorded: dict[str, Any]) -> list[t
     pairs = [(flag, getattr(args, flag), prints.get(name)) for name, flag in FILES.items()]
     pairs += [
         ("lora", lora.path, before) for lora, before in zip(parse_loras(args), prints.get("loras", ()), strict=False)
+    ]
+    pairs += [
+        (REFERENCES, file, before) for file, before in zip(references(args), prints.get(REFERENCES, ()), strict=False)
     ]
     found = [(flag, file, before, file_fingerprint(file)) for flag, file, before in pairs if file and before]
     return [(flag, file, before, now) for flag, file, before, now in found if before != now]

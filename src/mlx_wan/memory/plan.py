@@ -17,14 +17,14 @@ from mlx_wan.errors import UserError
 from mlx_wan.memory.liveness import peak_bytes
 from mlx_wan.models.autoencoder import FeatureCache, WanVAE, clipped
 from mlx_wan.models.clip import ImageEncoder, ImageEncoderConfig
-from mlx_wan.models.transformer import TransformerConfig, WanTransformer
+from mlx_wan.models.transformer import Control, TransformerConfig, WanTransformer
 from mlx_wan.models.umt5 import TextEncoderConfig, UMT5Encoder
 from mlx_wan.models.vae21 import VAE21Config, WanVAE21
 from mlx_wan.models.vae22 import VAEConfig, WanVAE22
 from mlx_wan.weights.checkpoint import Checkpoint
 from mlx_wan.weights.fit import parameter_dtype
 from mlx_wan.weights.quantize import Quantization, quantize_module
-from mlx_wan.zoo import LATENT_STATISTICS, MODELS, RELEASES, ModelSpec
+from mlx_wan.zoo import LATENT_STATISTICS, MODELS, RELEASES, VACE_LAYERS, ModelSpec
 
 LAYERS = 3  # traced of each stack: blocks are alike, and MLX runs ahead by less than one
 HEAD_DIM = 128  # of every released transformer
@@ -62,7 +62,8 @@ class Dimensions:
         spec = MODELS[name]
         found = next(release for release in RELEASES if name in release.models)
         dims = dict(found.dims)
-        transformer = TransformerConfig(**dims, num_heads=dims["dim"] // HEAD_DIM, model_type=spec.task)
+        dims |= {"num_heads": dims["dim"] // HEAD_DIM, "vace_layers": VACE_LAYERS.get(name, ())}
+        transformer = TransformerConfig(**dims, model_type=spec.task)
         mean, std = LATENT_STATISTICS[spec.vae]
         vae = (VAEConfig if spec.vae == "Wan2.2" else VAE21Config)(latents_mean=mean, latents_std=std)
         image_encoder = ImageEncoderConfig() if transformer.image_dim else None
@@ -81,6 +82,7 @@ class Setting:
     pictures: int = 0
     tokens: int | None = None
     keep_both_experts: bool = False
+    references: int = 0  # pictures that VACE is given, which fill latent frames of their own
     begins: int = 1  # frames that are given at the beginning, of a video that goes on
 
 
@@ -268,7 +270,7 @@ def _work(model: Dimensions, setting: Setting, device: str) -> Iterator[tuple[st
     how, dtype, size = model.quantization, setting.dtype, (setting.width, setting.height)
     text_len = model.transformer.text_len
     yield "text", _text_work(model.text_encoder, min(setting.tokens or text_len, text_len), how, dtype, device)
-    if setting.pictures:
+    if setting.pictures or model.spec.task == "vace":
         frames = setting.begins if model.spec.task == "ti2v" else setting.num_frames
         yield "image", image_work(model.vae, size, frames, device)
         if model.image_encoder is not None:
@@ -285,7 +287,7 @@ def _traceable(how: Quantization | None) -> Quantization | None:
 
 def _latents(vae: VAEConfig | VAE21Config, setting: Setting) -> mx.array:
     stride_t, stride_h, stride_w = vae.stride
-    frames = (setting.num_frames - 1) // stride_t + 1
+    frames = (setting.num_frames - 1) // stride_t + 1 + setting.references
     return mx.zeros((1, frames, setting.height // stride_h, setting.width // stride_w, vae.z_dim))
 
 
@@ -331,12 +333,20 @@ def transformer_inputs(model: Dimensions, setting: Setting) -> list[mx.array]:
 
 def _denoise_work(model: Dimensions, setting: Setting, device: str) -> int:
     config = replace(model.transformer, num_layers=1)  # each block is finished before the next begins
+    if config.vace_layers:
+        config = replace(config, vace_layers=(0,))
     inputs, latents = transformer_inputs(model, setting), _latents(model.vae, setting)
     module = WanTransformer(config, setting.dtype)
     named = _parameters(module, "transformer", model.quantization, setting.dtype)
+    blocks = model.transformer.num_layers + len(model.transformer.vace_layers)
     known = inputs[0].nbytes - latents.nbytes
-    texts = 2 * 2 * model.transformer.num_layers * config.text_len * config.dim * setting.dtype.size  # keys, values
+    texts = 2 * 2 * blocks * config.text_len * config.dim * setting.dtype.size  # keys, values
     held = LATENTS_HELD * latents.nbytes + 2 * known + 2 * inputs[2].nbytes + texts
+    if config.vace_layers:
+        channels = mx.zeros((*latents.shape[:-1], config.vace_in_dim))
+        held += 2 * channels.nbytes
+        told = lambda x, t, c, channels: module(x, t, c, control=Control(channels))  # noqa: E731
+        return held + _module_peak(module, named, [*inputs, channels], device, told)
     return held + _module_peak(module, named, inputs, device)
 
 
@@ -348,13 +358,17 @@ def _decode_work(vae: VAEConfig | VAE21Config, size: tuple[int, int], device: st
 
 
 def _module_peak(
-    module: nn.Module, named: Sequence[tuple[str, mx.array]], inputs: Sequence[mx.array], device: str
+    module: nn.Module,
+    named: Sequence[tuple[str, mx.array]],
+    inputs: Sequence[mx.array],
+    device: str,
+    run: Callable[..., mx.array] | None = None,
 ) -> int:
-    """What a call holds beyond weights and inputs."""
+    """What a call, or `run` of the inputs, holds beyond weights and inputs."""
 
     def call(*arrays: mx.array) -> Any:
         _fill(module, named, arrays)
-        return module(*arrays[len(named) :])  # pyright: ignore[reportCallIssue]
+        return (run or module)(*arrays[len(named) :])  # pyright: ignore[reportCallIssue]
 
     return peak_bytes(call, [*(array for _, array in named), *inputs], device)
 

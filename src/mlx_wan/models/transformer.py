@@ -9,6 +9,7 @@ float32, attention and feed-forward matmuls run in `dtype`.
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -31,6 +32,7 @@ class TransformerConfig:
 
     And two that the official code derives: image_dim, the width of image embeddings that cross-attention takes beside
     the text (Wan2.1 I2V), and image_positions, for how many of them there is a position embedding (FLF2V); 0 for none.
+    Of VACE, vace_layers are the blocks that take a hint of its control branch, and vace_in_dim its channels.
     """
 
     in_dim: int = 48
@@ -49,6 +51,8 @@ class TransformerConfig:
     model_type: str = "ti2v"
     image_dim: int = 0
     image_positions: int = 0
+    vace_layers: tuple[int, ...] = ()
+    vace_in_dim: int = 0
 
 
 def timestep_embedding(timesteps: mx.array, dim: int) -> mx.array:
@@ -243,6 +247,34 @@ class Block(nn.Module):
         return x
 
 
+class VaceBlock(Block):
+    """A block of VACE's control branch, whose tokens go from one to the next; each hints at what it saw.
+
+    first: whether it is the one in which the branch takes in the video's tokens.
+    """
+
+    def __init__(self, config: TransformerConfig, dtype: mx.Dtype, first: bool):
+        super().__init__(config, dtype)
+        if first:
+            self.before_proj = nn.Linear(config.dim, config.dim)
+        self.after_proj = nn.Linear(config.dim, config.dim)
+
+    def begin(self, control: mx.array, x: mx.array) -> mx.array:
+        """The branch's first tokens (B, L, C), float32, from those of the control and of the video."""
+        return x + self.before_proj(control.astype(self.dtype)).astype(mx.float32)
+
+    def hint(self, control: mx.array) -> mx.array:
+        """(B, L, C), float32, for the main branch."""
+        return self.after_proj(control.astype(self.dtype)).astype(mx.float32)
+
+
+class Control(NamedTuple):
+    """What VACE is told: channels (B, t, h, w, vace_in_dim), and how much its hints count; 1 is as trained."""
+
+    channels: mx.array
+    scale: float = 1.0
+
+
 class Head(nn.Module):
     """The last norm and projection, modulated by the time embedding, in float32."""
 
@@ -261,10 +293,10 @@ class Head(nn.Module):
 class PatchEmbedding(nn.Module):
     """A convolution whose stride is its kernel, done as one matmul over patches."""
 
-    def __init__(self, config: TransformerConfig, dtype: mx.Dtype):
+    def __init__(self, config: TransformerConfig, dtype: mx.Dtype, in_dim: int):
         super().__init__()
         self.dtype = dtype
-        self.weight = mx.random.normal((config.dim, *config.patch_size, config.in_dim)) * 0.02
+        self.weight = mx.random.normal((config.dim, *config.patch_size, in_dim)) * 0.02
         self.bias = mx.zeros((config.dim,))
 
     def __call__(self, patches: mx.array) -> mx.array:
@@ -308,7 +340,7 @@ class WanTransformer(nn.Module):
         super().__init__()
         self.config, self.dtype, self.checkpointing = config, dtype, False
         self.share_of = everything
-        self.patch_embedding = PatchEmbedding(config, dtype)
+        self.patch_embedding = PatchEmbedding(config, dtype, config.in_dim)
         self.text_embedding = [
             nn.Linear(config.text_dim, config.dim),
             GELU(),
@@ -320,9 +352,17 @@ class WanTransformer(nn.Module):
         self.head = Head(config)
         if config.image_dim:
             self.img_emb = ImageEmbedding(config)
+        if config.vace_layers:
+            self.vace_patch_embedding = PatchEmbedding(config, dtype, config.vace_in_dim)
+            self.vace_blocks = [VaceBlock(config, dtype, first=layer == 0) for layer in config.vace_layers]
 
     def __call__(
-        self, latents: mx.array, timesteps: mx.array, context: mx.array | Text, image: mx.array | None = None
+        self,
+        latents: mx.array,
+        timesteps: mx.array,
+        context: mx.array | Text,
+        image: mx.array | None = None,
+        control: Control | None = None,
     ) -> mx.array:
         """
         Args:
@@ -331,6 +371,7 @@ class WanTransformer(nn.Module):
             context: (B, n, text_dim) text embeddings; the reference pads n with zeros to `text_len`. Or what `read`
                 made of them.
             image: (B, m, image_dim) image embeddings, for models that take them and only those.
+            control: for VACE, and only for it; (t, h, w) as the latents.
 
         Returns:
             velocity (B, t, h, w, out_dim), float32.
@@ -347,6 +388,8 @@ class WanTransformer(nn.Module):
             raise ValueError(f"image embeddings {'are needed' if image is None else 'have no place in this model'}")
         if image is not None:
             image = self.img_emb(image).astype(self.dtype)
+        if (control is None) == bool(config.vace_layers):
+            raise ValueError(f"a control {'is needed' if control is None else 'has no place in this model'}")
         share = self.share_of(grid)
         x = self.patch_embedding(share.take(patchify(latents, config.patch_size))).astype(mx.float32)
         time, modulation = self.embed_time(timesteps, grid)
@@ -356,9 +399,19 @@ class WanTransformer(nn.Module):
             context = self.embed_text(context)
         cos, sin = (share.take(table[None])[0] for table in rope_table(grid, config.dim // config.num_heads))
         pace = None if self.training else Pace()
-        for block in self.blocks:
+        branch = x
+        if control is not None:
+            tokens = self.vace_patch_embedding(share.take(patchify(control.channels, config.patch_size)))
+            branch = self.vace_blocks[0].begin(tokens, x)
+        for layer, block in enumerate(self.blocks):
+            hint = None
+            if control is not None and layer in config.vace_layers:  # only now: all hints together would be large
+                other = self.vace_blocks[config.vace_layers.index(layer)]
+                branch = other(branch, context, modulation, (cos, sin), None, share, pace)
+                hint = control.scale * other.hint(branch)
             run = checkpoint(block) if self.checkpointing else block
             x = run(x, context, modulation, (cos, sin), image, share, pace)
+            x = x if hint is None else x + hint
         return unpatchify(share.join(self.head(x, time)), grid, config.patch_size)
 
     def save_memory(self, on: bool) -> None:

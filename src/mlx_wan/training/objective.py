@@ -120,8 +120,7 @@ def flow_loss(
     inputs = add_noise(latents, noise, per_frame)
     if channels is not None:
         inputs = mx.concatenate([inputs, channels.astype(inputs.dtype)], axis=-1)
-    tokens = () if image is None else (image,)
-    velocity = transformer(inputs, TRAIN_TIMESTEPS * per_frame, context, *tokens)
+    velocity = transformer(inputs, TRAIN_TIMESTEPS * per_frame, context, image)
     error = mx.square(velocity - (noise - latents).astype(mx.float32)).mean(axis=(2, 3, 4))  # (B, t)
     weight = (~known).astype(mx.float32)
     return (error * weight).sum(axis=1) / weight.sum(axis=1)

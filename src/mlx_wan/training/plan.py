@@ -220,6 +220,8 @@ def _compiles_fast() -> bool:
 def check_model(recipe: FinetuneRecipe, checkpoint: Checkpoint) -> None:
     """UserError if this model, or that part of it, is not trained."""
     spec = checkpoint.spec
+    if spec.task == "vace":
+        raise UserError(f"{recipe.model}: is {spec.name}, whose control branch is not trained here; use another model")
     expert_part(checkpoint, recipe.expert)  # refuses a word for models that have no experts
     if spec.boundary is not None and recipe.expert is None:
         raise UserError(

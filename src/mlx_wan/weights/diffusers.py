@@ -17,7 +17,7 @@ from mlx_wan.models.vae22 import VAEConfig
 from mlx_wan.zoo import FASTWAN, ModelSpec
 
 INDEX = "model_index.json"
-PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
+PIPELINES = ("WanPipeline", "WanImageToVideoPipeline", "WanVACEPipeline")
 DISTILLED_PIPELINES = ("WanDMDPipeline", "WanImageToVideoDmdPipeline")  # FastVideo's, sampled in three steps
 # The class of each part, our field for each of its keys, and the only values of its other keys.
 TRANSFORMER = (
@@ -35,6 +35,11 @@ TRANSFORMER = (
         "eps": "eps",
     },
     {"rope_max_seq_len": 1024, "image_dim": None, "added_kv_proj_dim": None, "pos_embed_seq_len": None},
+)
+VACE_TRANSFORMER = (
+    "WanVACETransformer3DModel",
+    {**TRANSFORMER[1], "vace_layers": "vace_layers", "vace_in_channels": "vace_in_dim"},
+    TRANSFORMER[2],
 )
 VAE = (
     "AutoencoderKLWan",
@@ -98,9 +103,10 @@ def read_configs(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     elif (folder / "transformer_2").is_dir():
         raise CheckpointError(f"{folder}: transformer_2 is there, but {INDEX} names no boundary_ratio")
     vae_table = VAE if _json(folder / "vae" / "config.json").get("is_residual") else VAE21
+    table = VACE_TRANSFORMER if index["_class_name"] == "WanVACEPipeline" else TRANSFORMER
     found = {
         name: _translated(folder / name / "config.json", table)
-        for name, table in (("transformer", TRANSFORMER), ("vae", vae_table), ("text_encoder", TEXT_ENCODER))
+        for name, table in (("transformer", table), ("vae", vae_table), ("text_encoder", TEXT_ENCODER))
     }
     transformer, said = found["transformer"]
     if said.get("qk_norm") not in QK_NORM:

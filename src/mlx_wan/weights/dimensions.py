@@ -16,6 +16,7 @@ from mlx_wan.schedulers.flow import listed
 from mlx_wan.weights.checkpoint import Component
 from mlx_wan.weights.shapes import (
     PATCH_SIZE,
+    count,
     image_encoder_fields,
     text_encoder_fields,
     transformer_fields,
@@ -71,13 +72,34 @@ def transformer_config(path: Path, config: Mapping[str, Any], part: Component) -
         raise CheckpointError(f"{path}: lacks num_heads, which the tensors do not tell")
     if found["dim"] % (2 * rest["num_heads"]):
         raise CheckpointError(f"{path}: num_heads {rest['num_heads']} does not divide dim {found['dim']} evenly")
-    return TransformerConfig(**found, **rest)
+    return TransformerConfig(**found, **rest, vace_layers=_vace_layers(path, config, part, found))
+
+
+def _vace_layers(path: Path, config: Mapping[str, Any], part: Component, found: Mapping[str, Any]) -> tuple[int, ...]:
+    """Which blocks take a hint: as config.json says; else evenly spread, as in both releases, if that can be."""
+    try:
+        number = count(_shapes(part), "vace_blocks.") if found["vace_in_dim"] else 0
+    except CheckpointError as error:
+        raise CheckpointError(f"{part.path}: {error}") from error
+    layers = found["num_layers"]
+    said = config.get("vace_layers")
+    if said is None and number and layers % number == 0:
+        said = list(range(0, layers, layers // number))
+    said = [] if said is None else said
+    fine = isinstance(said, list | tuple) and all(type(layer) is int for layer in said)
+    if not fine or len(said) != number or list(said) != sorted(set(said)):
+        raise CheckpointError(f"{path}: vace_layers is {said!r}, but the tensors in {part.path.name} have {number}")
+    if said and (said[0] != 0 or said[-1] >= layers):
+        raise CheckpointError(f"{path}: vace_layers {said!r} must begin with 0 and be less than {layers}")
+    return tuple(said)
 
 
 def _model_type(found: Mapping[str, Any]) -> str:
     """What an official config.json would say of a transformer that has none."""
     if found["in_dim"] != found["out_dim"]:
         return "flf2v" if found["image_positions"] else "i2v"
+    if found["vace_in_dim"]:
+        return "vace"
     return "ti2v" if found["out_dim"] == len(LATENTS_MEAN) else "t2v"
 
 
@@ -158,6 +180,12 @@ def check_fit(
             f"{folder}: the transformer takes {transformer.in_dim} and makes {transformer.out_dim} latent channels, "
             f"but the VAE has {vae.z_dim}"
         )
+    # What VACE is told: latents of what stays and what changes, and a mask with a channel for each pixel of a latent.
+    told = 2 * vae.z_dim + vae.stride[1] * vae.stride[2]
+    if transformer.vace_layers and transformer.vace_in_dim != told:
+        raise CheckpointError(
+            f"{folder}: the transformer's control has {transformer.vace_in_dim} channels; with this VAE it has {told}"
+        )
     if transformer.text_dim != text_encoder.dim:
         raise CheckpointError(
             f"{folder}: the transformer wants text of width {transformer.text_dim}, "
@@ -183,6 +211,8 @@ def model_spec(
     family = parts["vae"].identity.family or ""
     if transformer.in_dim != transformer.out_dim:
         task = "flf2v" if transformer.image_positions else "i2v"
+    elif transformer.vace_layers:
+        task = "vace"
     else:
         task = {"Wan2.2": "ti2v", "Wan2.1": "t2v"}[family]
     traits = (task, family, "transformer_2" in parts)

@@ -49,7 +49,9 @@ def write_official(folder: Path, checkpoint: Checkpoint, parts: Parts, max_shard
         write_pth(folder / files[part], [torch_order(info, OFFICIAL_NAMES) for info in parts[part]])
     _write_tokenizer(folder / files["tokenizer"], checkpoint)
     known = vars(checkpoint.transformer_config)
-    config = {"_class_name": "WanModel", **{key: known[key] for key in CONFIG_KEYS}}
+    keys = (*CONFIG_KEYS, *(("vace_layers", "vace_in_dim") if checkpoint.transformer_config.vace_layers else ()))
+    name = "VaceWanModel" if checkpoint.transformer_config.vace_layers else "WanModel"
+    config = {"_class_name": name, **{key: known[key] for key in keys}}
     for name in layout.configs.values():
         write_json(folder / name, config)
 

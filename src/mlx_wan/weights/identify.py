@@ -24,7 +24,6 @@ MARKS: tuple[tuple[str, str, str], ...] = (
     ("casual_audio_encoder.", "transformer", "Wan2.2 S2V-14B"),
     ("face_adapter.", "transformer", "Wan2.2 Animate-14B"),
     ("pose_patch_embedding.", "transformer", "Wan2.2 Animate-14B"),
-    ("vace_blocks.", "transformer", "Wan2.1 VACE"),
     ("wav2vec2.", "other", "wav2vec2 audio encoder"),
 )
 
@@ -116,6 +115,8 @@ def _release(component: str, shapes: Mapping[str, Shape]) -> Identity:
             return Identity(component, release.name, True, release.models, family)
     kinds = {"transformer": "Wan transformer", "text_encoder": "UMT5 encoder", "image_encoder": "CLIP image encoder"}
     kind = kinds.get(component, f"{family}-type VAE")
-    if component == "transformer" and fields["in_dim"] != fields["out_dim"]:
+    if component == "transformer" and fields["vace_in_dim"]:
+        kind = "VACE transformer"
+    elif component == "transformer" and fields["in_dim"] != fields["out_dim"]:
         kind = "image-to-video transformer"
     return Identity(component, f"{kind} of an unreleased size", runs=True, family=family)

@@ -19,7 +19,7 @@ from mlx_wan.models.packed import PackedLinear
 from mlx_wan.weights.tensors import DTYPES, TensorInfo
 
 QUANTIZED = {
-    "transformer": re.compile(r"blocks\.\d+\.((self_attn|cross_attn)\.[qkvo]|cross_attn\.[kv]_img|ffn\.[02])"),
+    "transformer": re.compile(r"(vace_)?blocks\.\d+\.((self_attn|cross_attn)\.[qkvo]|cross_attn\.[kv]_img|ffn\.[02])"),
     "text_encoder": re.compile(r"blocks\.\d+\.(attn\.[qkvo]|ffn\.(gate\.0|fc1|fc2))"),
 }
 # mode -> the bits and the group sizes it has, its default first. The floating-point ones share one 8-bit scale a group.

@@ -103,7 +103,8 @@ def native_config(
     }
     if quantization is not None:
         extra["quantization"] = asdict(quantization)
-    fields = {name: value for name, value in asdict(transformer).items() if not name.startswith("image_")}
+    left_out = ("image_",) if transformer.vace_layers else ("image_", "vace_")
+    fields = {name: value for name, value in asdict(transformer).items() if not name.startswith(left_out)}
     return {"_class_name": "WanModel", **fields, "mlx_wan": extra}
 
 

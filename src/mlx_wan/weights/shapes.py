@@ -22,21 +22,15 @@ def transformer_fields(shapes: Shapes, patch_size: Shape = PATCH_SIZE) -> dict[s
     Raises:
         CheckpointError: a tensor is missing or cannot be a transformer's.
     """
-    flat = len(shapes.get("patch_embedding.weight", ())) == 2
-    patch = _shape(shapes, "patch_embedding.weight", 2 if flat else 5)
-    if flat and patch[1] % math.prod(patch_size) == 0:
-        in_dim = patch[1] // math.prod(patch_size)
-    elif patch[2:] == patch_size:
-        in_dim = patch[1]
-    elif patch[1:4] == patch_size:
-        in_dim = patch[4]
-    else:
-        raise CheckpointError(f"patch_embedding.weight {patch} does not fit the patch size {patch_size}")
+    dim, in_dim = _patch_embedding(shapes, "patch_embedding.weight", patch_size)
+    vace_in_dim = 0
+    if _any(shapes, "vace_blocks."):
+        _, vace_in_dim = _patch_embedding(shapes, "vace_patch_embedding.weight", patch_size)
     text_dim = _shape(shapes, "text_embedding.0.weight", 2)[1]
     return {
         "patch_size": patch_size,
         "in_dim": in_dim,
-        "dim": patch[0],
+        "dim": dim,
         "ffn_dim": _shape(shapes, "blocks.0.ffn.0.weight", 2)[0],
         "freq_dim": _shape(shapes, "time_embedding.0.weight", 2)[1],
         "text_dim": text_dim,
@@ -46,7 +40,21 @@ def transformer_fields(shapes: Shapes, patch_size: Shape = PATCH_SIZE) -> dict[s
         "cross_attn_norm": "blocks.0.norm3.weight" in shapes,
         "image_dim": _shape(shapes, "img_emb.proj.1.weight", 2)[1] if _any(shapes, "img_emb.") else 0,
         "image_positions": _shape(shapes, "img_emb.emb_pos", 3)[1] if "img_emb.emb_pos" in shapes else 0,
+        "vace_in_dim": vace_in_dim,
     }
+
+
+def _patch_embedding(shapes: Shapes, name: str, patch_size: Shape) -> tuple[int, int]:
+    """(dim, channels) of a patch embedding in either convolution order, or flat."""
+    flat = len(shapes.get(name, ())) == 2
+    patch = _shape(shapes, name, 2 if flat else 5)
+    if flat and patch[1] % math.prod(patch_size) == 0:
+        return patch[0], patch[1] // math.prod(patch_size)
+    if patch[2:] == patch_size:
+        return patch[0], patch[1]
+    if patch[1:4] == patch_size:
+        return patch[0], patch[4]
+    raise CheckpointError(f"{name} {patch} does not fit the patch size {patch_size}")
 
 
 def image_encoder_fields(shapes: Shapes) -> dict[str, Any]:
