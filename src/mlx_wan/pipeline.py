@@ -91,7 +91,7 @@ class WanPipeline:
     Attributes:
         checkpoint: where the components come from, its headers checked.
         spec: the model's name, sizes and sampling defaults.
-        dtype: of matrices and of what they are multiplied with; the VAE is always float32.
+        dtype: of matrices and of what they are multiplied with; on a GPU of the VAE's convolutions too.
         scheduler: of the last call; before it, the default one.
         text_cache: a folder for embeddings of prompts, so that one that comes again needs no text encoder; None: none.
     """
@@ -204,7 +204,7 @@ class WanPipeline:
     def vae(self) -> WanVAE:
         """`encode` video (B,T,H,W,3) in [-1, 1] to normalised latents (B,t,h,w,C), `decode` them back."""
         if self._vae is None:
-            self._vae = load_vae(self.checkpoint)
+            self._vae = load_vae(self.checkpoint, backend.vae_dtype(self.dtype))
         return self._vae
 
     def encode_prompt(self, text: str) -> mx.array:

@@ -37,9 +37,9 @@ def run(args: argparse.Namespace) -> int:
     model = _model(args)
     setting = _setting(args, model)
     device, memory = backend.device_name(), backend.usable_memory()
-    keeping, leaving = plans(model, setting, device)
-    plan = keeping if keeping.peak <= memory else leaving
-    fits = plan.peak <= memory
+    needed = plans(model, setting, device)
+    low_memory = needed[0].peak > memory
+    plan, fits = plans(model, setting, device, memory)[low_memory], needed[low_memory].peak <= memory
     packed = f", {model.quantization.bits} bits" if model.quantization else ""
     dtype = str(setting.dtype).removeprefix("mlx.core.")
     print(

@@ -59,20 +59,68 @@ def _plain_copy(x: mx.array) -> mx.array:
     return x * 1
 
 
-# Three operations whose graphs mx.export_function cannot write, and the same in one that it can.
-_USUAL: dict[str, Callable] = {"gelu": _cpu_gelu, "silu": _cpu_silu, "copy": mx.contiguous}
-_TRACEABLE: dict[str, Callable] = {"gelu": _plain_gelu, "silu": _plain_silu, "copy": _plain_copy}
+def _waited_for(x: mx.array, *others: mx.array) -> mx.array:
+    mx.eval(x, *others)
+    return x
+
+
+def _depended_on(x: mx.array, *others: mx.array) -> mx.array:
+    return mx.depends([x], [x, *others])[0]
+
+
+# Operations whose graphs mx.export_function cannot write, and the same in one that it can.
+_USUAL: dict[str, Callable] = {"gelu": _cpu_gelu, "silu": _cpu_silu, "copy": mx.contiguous, "finish": _waited_for}
+_TRACEABLE: dict[str, Callable] = {
+    "gelu": _plain_gelu,
+    "silu": _plain_silu,
+    "copy": _plain_copy,
+    "finish": _depended_on,
+}
 _forms = dict(_USUAL)
+_traced_for: str | None = None
 
 
 @contextlib.contextmanager
-def traceable() -> Iterator[None]:
-    """Inside, `mx.export_function` can trace the models: same values and same memory, but no gradients of our own."""
+def traceable(device: str) -> Iterator[None]:
+    """Inside, `mx.export_function` can trace the models as they run on `device` ("CPU", "Metal" or "CUDA").
+
+    Memory is the same. So are values, but for those of kernels of our own, which an operation of the same size stands
+    for; and there are no gradients of our own.
+    """
+    global _traced_for
     _forms.update(_TRACEABLE)
+    _traced_for = device
     try:
         yield
     finally:
         _forms.update(_USUAL)
+        _traced_for = None
+
+
+def traced_for() -> str | None:
+    """The device that a graph is being traced for; None while things are computed."""
+    return _traced_for
+
+
+def stand_in(shape: tuple[int, ...], first: mx.array, *others: mx.array) -> mx.array:
+    """For tracing: an array of `shape` by one operation that reads all of these, `first` at least that large."""
+    size = math.prod(shape) - len(others)
+    return mx.concatenate([first.reshape(-1)[:size], *(other.reshape(-1)[:1] for other in others)]).reshape(shape)
+
+
+def backend() -> str:
+    """ "CPU", "CUDA" or "Metal": where arrays are computed by default."""
+    if mx.default_device() != mx.Device(mx.gpu):
+        return "CPU"
+    return "Metal" if mx.metal.is_available() else "CUDA"
+
+
+def finish(x: mx.array, *others: mx.array) -> mx.array:
+    """`x`, once it and `others` are computed.
+
+    MLX hands out memory ahead of its work: what is made of the result gets none before this is done.
+    """
+    return cast(mx.array, _forms["finish"](x, *others))
 
 
 def copied(x: mx.array) -> mx.array:
@@ -143,6 +191,12 @@ def _attention_in_pieces(scale: float) -> Callable[[mx.array, mx.array, mx.array
     return cast(Callable[[mx.array, mx.array, mx.array], mx.array], attention)
 
 
+def _is_fused_where_traced_for(q: mx.array, head_dim: int) -> bool:
+    """Whether the attention being traced is one kernel there. The trace would have it as on this machine."""
+    half = q.dtype in (mx.bfloat16, mx.float16)
+    return traced_for() == "Metal" or (traced_for() == "CUDA" and half and head_dim <= 128 and head_dim % 8 == 0)
+
+
 def attend(
     q: mx.array,
     k: mx.array,
@@ -164,6 +218,8 @@ def attend(
         (B, Lq, num_heads * head_dim) in q's dtype.
     """
     batch, length, width = q.shape
+    if _is_fused_where_traced_for(q, width // num_heads):
+        return stand_in(q.shape, q, k, v)
     q, k, v = (a.reshape(batch, a.shape[1], num_heads, -1).transpose(0, 2, 1, 3) for a in (q, k, v))
     if in_pieces:
         out = _attention_in_pieces(scale)(q, k, v)
