@@ -191,6 +191,7 @@ class WanPipeline:
         """(ids (B,L), mask (B,L)) -> (B,L,text_dim)."""
         if self._text_encoder is None:
             self._text_encoder = self.parallel.load_text_encoder(self.checkpoint, self.dtype)
+            self._text_encoder.eval()
         return self._text_encoder
 
     @property
@@ -401,7 +402,7 @@ class WanPipeline:
             self._release_transformers()  # the generator kept none
         yield Event("latents", 1, 1, latents)
         if decode and self.parallel.is_first:
-            for index, piece in enumerate(self.vae.stream_decode(latents), start=1):
+            for index, piece in enumerate(self.vae.stream_decode(latents, self.low_memory), start=1):
                 _check_piece(piece, latents[:, index - 1], index)
                 yield Event("frames", index, latents.shape[1], to_uint8(piece[0]))
 

@@ -135,7 +135,7 @@ def plans(model: Dimensions, setting: Setting, device: str, memory: int = 0) -> 
 
     def plan(held: dict[str, int], low_memory: bool) -> Plan:
         room = {name: memory - weights if device == "CUDA" else math.inf for name, weights in held.items()}
-        work = _work(model, setting, device, room)
+        work = _work(model, setting, device, room, low_memory)
         return Plan(tuple(Stage(name, held[name], needed) for name, needed in work), low_memory)
 
     return plan(dict.fromkeys(small, everything), False), plan(small, True)
@@ -267,7 +267,9 @@ def _parameters(module: nn.Module, part: str, how: Quantization | None, dtype: m
 # --- work ----------------------------------------------------------------------------------------------------
 
 
-def _work(model: Dimensions, setting: Setting, device: str, room: dict[str, float]) -> Iterator[tuple[str, int]]:
+def _work(
+    model: Dimensions, setting: Setting, device: str, room: dict[str, float], frugal: bool
+) -> Iterator[tuple[str, int]]:
     """(stage, the most bytes it holds besides weights). room: stage -> the bytes from which on MLX runs less ahead."""
     how, dtype, size = model.quantization, setting.dtype, (setting.width, setting.height)
     text_len = model.transformer.text_len
@@ -281,7 +283,10 @@ def _work(model: Dimensions, setting: Setting, device: str, room: dict[str, floa
         if model.image_encoder is not None:
             yield "tokens", _tokens_work(model.image_encoder, setting.pictures, dtype, device, room["tokens"])
     yield "denoise", _denoise_work(model, setting, device, room["denoise"])
-    yield "decode", _latents(model.vae, setting).nbytes + _decode_work(model.vae, size, dtype, device, room["decode"])
+    yield (
+        "decode",
+        _latents(model.vae, setting).nbytes + _decode_work(model.vae, size, dtype, device, room["decode"], frugal),
+    )
 
 
 def _latents(vae: VAEConfig | VAE21Config, setting: Setting) -> mx.array:
@@ -294,7 +299,7 @@ def _latents(vae: VAEConfig | VAE21Config, setting: Setting) -> mx.array:
 def _text_work(
     config: TextEncoderConfig, tokens: int, how: Quantization | None, dtype: mx.Dtype, device: str, room: float
 ) -> int:
-    module = UMT5Encoder(config)  # whole: every layer has a table of positions from the start
+    module = UMT5Encoder(config).eval()  # whole: every layer has a table of positions from the start
     return _module_peak(
         module, _parameters(module, "text_encoder", how, dtype), [mx.zeros((1, tokens), mx.int32)], device, room
     )
@@ -336,10 +341,14 @@ def _denoise_work(model: Dimensions, setting: Setting, device: str, room: float)
 
 
 @cache
-def _decode_work(vae: VAEConfig | VAE21Config, size: tuple[int, int], dtype: mx.Dtype, device: str, room: float) -> int:
+def _decode_work(
+    vae: VAEConfig | VAE21Config, size: tuple[int, int], dtype: mx.Dtype, device: str, room: float, frugal: bool
+) -> int:
     (_, stride_h, stride_w), (width, height) = vae.stride, size
     pieces = [mx.zeros((1, 1, height // stride_h, width // stride_w, vae.z_dim))] * 3
-    return _stream_peak(vae, lambda m, z, c: clipped(m.pixels(m.denormalise(z), c)), pieces, dtype, device, room)
+    return _stream_peak(
+        vae, lambda m, z, c: clipped(m.pixels(m.denormalise(z), c)), pieces, dtype, device, room, frugal
+    )
 
 
 def _module_peak(
@@ -366,6 +375,7 @@ def _stream_peak(
     dtype: mx.Dtype,
     device: str,
     room: float,
+    frugal: bool = False,
 ) -> int:
     """What `work` holds besides the VAE's weights, on piece after piece; from the third on they are alike."""
     module = make_vae(config)
@@ -379,7 +389,7 @@ def _stream_peak(
             nonlocal after
             _fill(module, named, arrays)
             old = dict(zip(before, arrays[len(named) + 1 :], strict=True))
-            after = FeatureCache(old, first=place == 0, streaming=True)
+            after = FeatureCache(old, place == 0, streaming=True, frugal=frugal)
             return [work(module, arrays[len(named)], after), *after.arrays()]
 
         old = list(remembered.values())

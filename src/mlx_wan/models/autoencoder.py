@@ -16,7 +16,7 @@ import mlx.nn as nn
 from mlx_wan.errors import WanError
 
 from . import vae_passes
-from .layers import SiLU, backend, copied, finish, run_layers, traced_for
+from .layers import SiLU, copied, finish, run_layers, target
 
 
 class AutoencoderConfig(Protocol):
@@ -68,12 +68,19 @@ class FeatureCache:
     Attributes:
         frames: by the id of the layer that keeps them.
         first: true while the piece that holds the clip's first frame passes.
-        streaming: whether nobody asks for gradients, and memory counts: layers may then use kernels that have none,
-            and compute what they pass on at once, so that MLX holds no more than one layer's.
+        streaming: whether nobody asks for gradients: layers may then use kernels that have none, and large results are
+            computed at once, so that MLX holds no more than a layer's.
+        frugal: of a stream: even less, for a tenth more time.
     """
 
-    def __init__(self, frames: dict[int, mx.array] | None = None, first: bool = True, streaming: bool = False) -> None:
-        self.first, self.streaming = first, streaming
+    def __init__(
+        self,
+        frames: dict[int, mx.array] | None = None,
+        first: bool = True,
+        streaming: bool = False,
+        frugal: bool = False,
+    ) -> None:
+        self.first, self.streaming, self.frugal = first, streaming, frugal
         self.frames: dict[int, mx.array] = frames or {}
 
     def recall(self, layer: nn.Module) -> mx.array | None:
@@ -101,24 +108,21 @@ class FeatureCache:
         return self.frames[id(layer)]
 
     def settle(self, x: mx.array) -> mx.array:
-        """`x`; in a stream it and all frames kept are computed now."""
-        return finish(x, *self.arrays()) if self.streaming and x.nbytes >= SETTLED else x
+        """`x`; if it is large, in a stream, it and all frames kept are computed now."""
+        return finish(x, *self.arrays()) if self.streaming and x.nbytes >= LARGE else x
 
     def portions(self, x: mx.array) -> list[mx.array]:
-        """`x` (B, T, ...) in a stream by as many frames as are a portion, else whole."""
-        if not self.streaming:
-            return [x]
-        return [x[:, i : i + PORTION] for i in range(0, x.shape[1], PORTION)]
+        """`x` (B, T, ...) by a few frames at a time if the stream is frugal, else whole."""
+        return [x[:, i : i + PORTION] for i in range(0, x.shape[1], PORTION)] if self.frugal else [x]
 
     def arrays(self) -> list[mx.array]:
         """All stored frames, for mx.eval."""
         return list(self.frames.values())
 
 
-SETTLED = 1 << 25  # bytes from which on a stream waits for a layer's result
-INSIDE = False
-FEW_OUTPUTS, FEW_CHANNELS = 16, 128
-PORTION = 2  # frames that pass the widest layers of a stream at once
+LARGE = 1 << 25  # bytes of a result from which on a stream waits for it
+PORTION = 2  # frames that pass the widest layers of a frugal stream at once
+FEW_CHANNELS = 128  # up to which cuDNN takes less time for three 2-D convolutions than for a 3-D one; measured at 96
 
 
 class Cached(nn.Module):
@@ -176,15 +180,10 @@ class CausalConv3d(Cached):
         out_dim, kt, kh, kw, _ = self.weight.shape
         b, t, h, w, _ = x.shape
         _check_size(b * ((t - kt) // self.stride_t + 1) * h * w * out_dim)
-        if (traced_for() or backend()) == "CUDA" and self.stride_t == 1 and kt > 1 and kh > 1 and b == 1:
-            if out_dim <= FEW_OUTPUTS:
-                taps = mx.conv2d(x[0], self.weight.swapaxes(0, 1).reshape(kt * out_dim, kh, kw, -1), padding=kh // 2)
-                taps = taps.reshape(t, h, w, kt, out_dim)
-                return sum(taps[i : t - kt + i + 1, :, :, i] for i in range(kt))[None]
-            if out_dim <= FEW_CHANNELS:
-                frames = [x[0, i : t - kt + i + 1] for i in range(kt)]
-                pairs = zip(frames, self.weight.swapaxes(0, 1), strict=True)
-                return sum(mx.conv2d(f, w, padding=kh // 2) for f, w in pairs)[None]
+        if target() == "CUDA" and (b, kt, self.stride_t) == (1, 3, 1) and x.shape[-1] == out_dim <= FEW_CHANNELS:
+            frames = (x[:, i : t - kt + i + 1].reshape(-1, *x.shape[2:]) for i in range(kt))
+            parts = [mx.conv2d(f, self.weight[:, i], padding=kh // 2) for i, f in enumerate(frames)]
+            return (parts[0] + parts[1] + parts[2])[None]
         return mx.conv3d(x, self.weight, stride=(self.stride_t, 1, 1), padding=(0, kh // 2, kw // 2))
 
 
@@ -220,7 +219,7 @@ class ResidualBlock(Cached):
         if isinstance(self.shortcut, CausalConv3d):
             h, bias = self.shortcut.convolve(x), bias + self.shortcut.bias
         y = conv1.after(norm1, x, cache)
-        y = conv2.after(norm2, cache.settle(y) if INSIDE else y, cache, conv1.bias)
+        y = conv2.after(norm2, cache.settle(y) if cache.frugal else y, cache, conv1.bias)
         if cache.streaming and vae_passes.has_kernels(y):
             return cache.settle(vae_passes.add(h, y, bias))
         return cache.settle(h + (y + bias.astype(y.dtype)))
@@ -370,8 +369,11 @@ class Decoder(nn.Module):
         x = run_cached(self.middle, self.conv1(x, cache), cache)
         x = run_cached(self.upsamples[: self.in_time], x, cache)
         # All frames are there: the rest is the same for one as for many, and the widest.
-        parts = [run_cached(self.upsamples[self.in_time :], part, cache) for part in cache.portions(x)]
-        return mx.concatenate([run_head(self.head, part, cache) for part in parts], axis=1)
+        done: list[mx.array] = []
+        for part in cache.portions(x):
+            part = finish(part, *done) if done else part
+            done.append(run_head(self.head, run_cached(self.upsamples[self.in_time :], part, cache), cache))
+        return mx.concatenate(done, axis=1)
 
 
 def fold_pixels(video: mx.array, p: int) -> mx.array:
@@ -453,7 +455,7 @@ class WanVAE(nn.Module):
         return latents * mx.array(self.config.latents_std) + mx.array(self.config.latents_mean)
 
     def stream_encode(self, video: mx.array) -> Iterator[mx.array]:
-        """Normalised latents, one frame (B, 1, h, w, z_dim) at a time, of a video as in `encode`.
+        """Normalised latents, one frame (B, 1, h, w, z_dim) at a time, of a video (MLX's or NumPy's) as in `encode`.
 
         Raises ValueError for a shape that the strides do not divide, or for whole numbers.
         """
@@ -472,14 +474,16 @@ class WanVAE(nn.Module):
             mx.eval(latents, cache.arrays())
             yield latents
 
-    def stream_decode(self, latents: mx.array) -> Iterator[mx.array]:
+    def stream_decode(self, latents: mx.array, frugal: bool = False) -> Iterator[mx.array]:
         """Video in pieces of 1, 4, 4, … frames (B, ·, H, W, 3) in [-1, 1], each evaluated; memory stays constant.
+
+        frugal: see `FeatureCache`.
 
         Raises ValueError for latents of another shape than in `decode`.
         """
         _check_floats(latents, "latents", self.config.z_dim)
         latents = mx.array(latents)
-        cache = FeatureCache(streaming=True)
+        cache = FeatureCache(streaming=True, frugal=frugal)
         for i in range(latents.shape[1]):
             piece = clipped(self.pixels(self.denormalise(latents[:, i : i + 1]), cache))
             mx.eval(piece, cache.arrays())

@@ -115,6 +115,11 @@ def backend() -> str:
     return "Metal" if mx.metal.is_available() else "CUDA"
 
 
+def target() -> str:
+    """The device that a graph is being traced for, else the one that computes."""
+    return _traced_for or backend()
+
+
 def finish(x: mx.array, *others: mx.array) -> mx.array:
     """`x`, once it and `others` are computed.
 

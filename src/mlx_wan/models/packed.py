@@ -5,6 +5,8 @@ from functools import partial
 import mlx.core as mx
 import mlx.nn as nn
 
+from .layers import traced_for
+
 # Up to this many rows the matrix is multiplied as it is packed; above, it is unpacked once a call.
 # CPU: measured, docs/benchmarks.md. CUDA: measured at 16 rows (packed is twice as fast) and at 512 (unpacked is 1.8
 # times), not between. Metal: not measured.
@@ -39,5 +41,9 @@ class PackedLinear(nn.QuantizedLinear):
         return mx.quantized_matmul(rows, *matrix, True, self.group_size, self.bits, self.mode)
 
     def _unpacked(self, dtype: mx.Dtype) -> mx.array:
+        if traced_for() in ("CUDA", "Metal"):  # one kernel there, and many operations where the trace is made
+            rows, columns = self.weight.shape[0], self.weight.shape[1] * 32 // self.bits
+            values = self.weight.view(dtype)[..., None]
+            return mx.broadcast_to(values, (rows, values.shape[1], columns // values.shape[1])).reshape(rows, columns)
         matrix = self.weight, self.scales, self.get("biases")
         return mx.dequantize(*matrix, self.group_size, self.bits, self.mode, dtype=dtype)

@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .layers import GELU, attend, run_layers
+from .layers import GELU, attend, finish, run_layers
 
 MAX_DISTANCE = 128  # tokens; further apart than this, all pairs share the last bucket
 
@@ -102,7 +102,11 @@ class EncoderBlock(nn.Module):
 
 
 class UMT5Encoder(nn.Module):
-    """Text encoder; computes in the dtype of its weights."""
+    """Text encoder; computes in the dtype of its weights.
+
+    In evaluation (`eval()`, which the pipeline calls) each block is finished before the next begins, which keeps one
+    block's arrays in memory at a time, and forbids `mx.grad` and `mx.compile` around a call.
+    """
 
     def __init__(self, config: TextEncoderConfig):
         super().__init__()
@@ -124,6 +128,7 @@ class UMT5Encoder(nn.Module):
         x = self.token_embedding(ids)
         for block in self.blocks:
             x = block(x, mask[:, None, None, :])
+            x = x if self.training else finish(x)
         return self.norm(x)
 
     def init_weights(self) -> None:

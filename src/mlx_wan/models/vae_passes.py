@@ -10,7 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from .layers import backend, copied, stand_in, traced_for
+from .layers import copied, stand_in, target, traced_for
 
 EPS = 1e-24  # the reference guards only against a length of 0, by max(length, 1e-12): eps must vanish beside all others
 VECTOR = 16  # bytes that a thread reads at a time
@@ -19,7 +19,7 @@ THREADS = 256
 
 def has_kernels(x: mx.array) -> bool:
     """Whether the kernels take (B, T, H, W, C) like `x` on the default device."""
-    return (traced_for() or backend()) == "CUDA" and x.shape[0] == 1 and x.shape[-1] * x.dtype.size % VECTOR == 0
+    return target() == "CUDA" and x.shape[0] == 1 and x.shape[-1] * x.dtype.size % VECTOR == 0
 
 
 # --- RMS norm, SiLU, and frames in front ---------------------------------------------------------------------
