@@ -25,14 +25,21 @@ from mlx_wan import backend
 from mlx_wan.errors import WanError
 from mlx_wan.lora.load import read_lora, transformer_shapes
 from mlx_wan.models.transformer import TransformerConfig
+from mlx_wan.resume import arrays_of, expected, load_done, load_point, read_record, save_point, with_arrays
+from mlx_wan.schedulers import make_scheduler
+from mlx_wan.text import Tokenizer
+from mlx_wan.weights.checkpoint import EMBEDDED
 from mlx_wan.weights.diffusers import read_configs
 from mlx_wan.weights.files import read_tensors
+from mlx_wan.weights.locate import locate
 from mlx_wan.weights.spiece import tokenizer_json
 
 TESTS = Path(__file__).resolve().parent.parent / "tests"
 sys.path.insert(0, str(TESTS))
+import checkpoint  # noqa: E402
 import small  # noqa: E402
 
+SHARDS, TOKENIZER = "diffusion_pytorch_model.safetensors.index.json", "google/umt5-xxl/tokenizer.json"
 FIXTURES, GOLDEN = TESTS / "weights" / "fixtures", TESTS / "golden"
 SECONDS, BYTES = 5.0, 10**9
 HEADER = 2500  # bytes at the start that half of the damage hits
@@ -65,6 +72,55 @@ def read_tokenizer(path: Path) -> None:
     tokenizer_json(path.read_bytes())
 
 
+def read_checkpoint(name: str) -> Callable[[Path], None]:
+    """The damaged file is `name` in an otherwise whole official checkpoint; a native one if that is `native/...`."""
+
+    def read(path: Path) -> None:
+        folder = path.parent / name.split("/")[0]
+        if not folder.exists():
+            if name.startswith("native/"):
+                shutil.copytree(EMBEDDED, folder)
+            else:
+                checkpoint.write_official(folder)
+        target = folder / name.partition("/")[2]
+        shutil.copy(path, target)
+        found = locate(folder)
+        if target.name == "tokenizer.json":
+            Tokenizer(found.tokenizer, found.transformer_config.text_len)("a red circle")
+
+    return read
+
+
+def _official(name: str) -> Callable[[], bytes]:
+    def whole() -> bytes:
+        with tempfile.TemporaryDirectory() as folder:
+            return (checkpoint.write_official(Path(folder) / "model") / name).read_bytes()
+
+    return whole
+
+
+def read_state(path: Path) -> None:
+    read_record(path)
+    load_done(path)
+    mx.eval(list(arrays_of(load_point(path, make_scheduler("unipc", 5, 5.0))).values()))
+
+
+def _state() -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        latents = mx.random.normal((1, 1, 2, 2, 4), key=mx.random.key(0))
+        point = expected(make_scheduler("unipc", 5, 5.0), 2)
+        arrays = dict.fromkeys(arrays_of(point), latents)
+        save_point(Path(folder) / "a.safetensors", with_arrays(point, arrays), {"settings": {"prompt": "a"}}, [latents])
+        return (Path(folder) / "a.safetensors").read_bytes()
+
+
+def _plain() -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        arrays = {"a": mx.zeros((3, 4)), "b.c": mx.ones((5,), mx.bfloat16)}
+        mx.save_safetensors(f"{folder}/a.safetensors", arrays, {"x": "y"})
+        return Path(folder, "a.safetensors").read_bytes()
+
+
 def _scaled() -> bytes:
     """A safetensors file of ComfyUI's scaled 8-bit floats."""
     tensors = {
@@ -85,6 +141,13 @@ def _scaled() -> bytes:
 
 # name -> (suffix, a whole file, what reads it)
 READERS: dict[str, tuple[str, Callable[[], bytes], Callable[[Path], None]]] = {
+    "safetensors": (".safetensors", _plain, read_values),
+    "pth": (".pth", (FIXTURES / "tensors.pth").read_bytes, read_values),
+    "index": (".json", _official(SHARDS), read_checkpoint(f"official/{SHARDS}")),
+    "config": (".json", _official("config.json"), read_checkpoint("official/config.json")),
+    "native config": (".json", (EMBEDDED / "config.json").read_bytes, read_checkpoint("native/config.json")),
+    "tokenizer": (".json", _official(TOKENIZER), read_checkpoint(f"official/{TOKENIZER}")),
+    "kept run": (".safetensors", _state, read_state),
     "gguf": (".gguf", (FIXTURES / "wan.gguf").read_bytes, read_values),
     "scaled": (".safetensors", _scaled, read_values),
     "lora": (".safetensors", (GOLDEN / "lora" / "diffusers.safetensors").read_bytes, read_adapter),

@@ -13,9 +13,10 @@
 
 Both sides read the same initial weights and clips, and draw order, noise, timesteps, dropped captions and given first
 frames of a step from the same NumPy generator. The model has the dimensions of the embedded one and starts from its
-initialisation; the clips are drawn, encoded by the embedded VAE and text encoder. `prepare --steps 2000 --batch 32` on
-a GPU; `mlx --dtype bfloat16` and `torch --dtype bfloat16` (autocast there) for mixed precision. `compare --export`
-writes both results as whole models beside the log, for benchmarks/adherence.py.
+initialisation; the clips are drawn, encoded by the embedded VAE and text encoder. On a GPU `prepare --steps 2000
+--batch 64 --clips 4096 --val-clips 256`, and MLX_ENABLE_TF32=0 for the float32 products that torch makes by default;
+`mlx --dtype bfloat16` and `torch --dtype bfloat16` (autocast there) for mixed precision. `compare --export` writes both
+results as whole models beside the log, for benchmarks/adherence.py.
 """
 
 import argparse
@@ -62,11 +63,10 @@ class Log:
     """Rows of a side, with the seconds of each step."""
 
     def __init__(self, path):
-        self.path, self.rows = path, []
+        self.file = path.open("w", buffering=1)
 
     def __call__(self, row):
-        self.rows.append(row)
-        self.path.write_text("".join(json.dumps(r) + "\n" for r in self.rows))
+        self.file.write(json.dumps(row) + "\n")
         if "val_loss" in row:
             print(json.dumps(row), flush=True)
 
@@ -95,17 +95,20 @@ def prepare(args):
 
     def contexts(texts):
         made = np.zeros((len(texts), config.text_len, config.text_dim), np.float32)
-        for row, text in zip(made, texts, strict=True):
-            ids, mask = tokenizer(text)
-            length = int(mask.sum())
-            row[:length] = np.array(encoder(mx.array(ids[:, :length]))[0])
+        pairs = [tokenizer(text) for text in texts]
+        lengths = np.array([int(mask.sum()) for _, mask in pairs])
+        for length in set(lengths.tolist()):  # together, those that need no padding
+            rows = np.flatnonzero(lengths == length)
+            for part in np.array_split(rows, -(-len(rows) // 64)):
+                ids = np.concatenate([pairs[row][0][:, :length] for row in part])
+                made[part, :length] = np.array(encoder(mx.array(ids)))
         return made
 
     def clips(count, held_out):
         rng = np.random.default_rng([args.seed, int(held_out)])
         latents, texts = [], []
         while len(texts) < count:
-            _, params, captions = sample_batch(rng, 16, held_out=held_out, objects=1)
+            _, params, captions = sample_batch(rng, 64, held_out=held_out, objects=1)
             video = render(mx.array(params), spec.num_frames, spec.height, spec.width)
             latents.append(np.array(vae.normalise(vae.moments(video, FeatureCache())[0])))
             texts += captions
@@ -175,7 +178,7 @@ def run_mlx(args):
         report_every=1,
         eval_every=VALIDATION_EVERY,
         save_every=settings["steps"],
-        compile=mx.default_device() == mx.gpu,
+        compile=args.compile,
     )
     folder = args.folder / f"mlx-{args.dtype}"
     if folder.exists():
@@ -209,10 +212,11 @@ def run_torch(args):
     from diffusers import WanTransformer3DModel
 
     sys.path.insert(0, str(Path(__file__).resolve().parent))
-    from cross_check import TRANSFORMER_NAMES
+    from diffusers_names import TRANSFORMER_NAMES
 
     settings, data = read(args.folder)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.backends.cudnn.allow_tf32 = False  # as for products; MLX_ENABLE_TF32=0 is the same there
     c = settings["transformer"]
     model = WanTransformer3DModel(
         patch_size=tuple(c["patch_size"]),
@@ -389,6 +393,8 @@ def main():
             command.add_argument("--seed", type=int, default=0)
         else:
             command.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+        if name == "mlx":
+            command.add_argument("--compile", action="store_true", help="the whole step; takes minutes on CUDA")
         if name == "compare":
             command.add_argument("--plot", type=Path)
             command.add_argument("--export", action="store_true")

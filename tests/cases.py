@@ -185,7 +185,7 @@ def run(task: str, solver: str) -> Iterator[Pair]:
         Condition(first_frame=first),
     )
     latents = None
-    for i, (latents, want) in enumerate(zip(steps, stored[f"{task}/{solver}/latents"], strict=True)):
+    for i, ((_, latents, _), want) in enumerate(zip(steps, stored[f"{task}/{solver}/latents"], strict=True)):
         yield f"latents after step {i + 1}", np.array(latents)[0], want
     yield "frames", np.array(vae.decode(latents))[0, :, ::4, ::4], stored[f"{task}/{solver}/frames"]
 

@@ -18,6 +18,9 @@ class Model:
     def __init__(self, slope=0.0):
         self.slope, self.calls = slope, []
 
+    def read(self, context):
+        return context
+
     def __call__(self, latents, timesteps, context):
         self.calls.append((np.array(latents), np.array(timesteps)))
         return context.mean() + self.slope * latents
@@ -26,7 +29,7 @@ class Model:
 def run(model, scheduler, guidance=1.0, **condition):
     expert, noise = Expert(model, guidance), initial_noise(SHAPE, 1)
     steps = denoise(lambda _: expert, scheduler, noise, CONTEXT, NEGATIVE, Condition(**condition))
-    return [np.array(latents) for latents in steps]
+    return [np.array(point.latents) for point in steps]
 
 
 def test_noise_depends_on_the_seed_alone():

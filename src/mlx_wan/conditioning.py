@@ -1,8 +1,9 @@
 """Pictures -> what the model is given."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 
+import mlx.core as mx
 import numpy as np
 from PIL import Image
 
@@ -50,6 +51,8 @@ def area_size(width: int, height: int, stride_w: int, stride_h: int, max_area: i
     return w, h
 
 
+# Task -> frames of a clip that the model is shown, as channels beside its latents.
+KNOWN_FRAMES = {"i2v": (0,), "flf2v": (0, -1)}
 # Task -> how the size follows from a picture.
 SIZE_RULES = {"ti2v": best_output_size, "i2v": area_size, "flf2v": area_size}
 
@@ -66,6 +69,11 @@ def image_to_frame(image: Image.Image, width: int, height: int) -> np.ndarray:
     image = image.crop((left, top, left + width, top + height))
     pixels = np.asarray(image, dtype=np.float32) / np.float32(255)
     return ((pixels - np.float32(0.5)) / np.float32(0.5))[None, None]
+
+
+def frame_to_image(frame: np.ndarray) -> Image.Image:
+    """The way back from `image_to_frame`: a frame (1, 1, height, width, 3) in [-1, 1] as a picture."""
+    return Image.fromarray(np.rint((np.clip(frame[0, 0], -1, 1) + 1) * 127.5).astype(np.uint8))
 
 
 def cropped(image: Image.Image, width: int, height: int, step: int) -> Image.Image:
@@ -126,3 +134,30 @@ def known_frames(frames: Mapping[int, np.ndarray], num_frames: int, stride_t: in
         video[:, position], known[position] = frame[:, 0], 1
     mask = np.concatenate([np.repeat(known[:1], stride_t), known[1:]])
     return video, mask.reshape(1, -1, 1, 1, stride_t)
+
+
+def known_channels(
+    frames: Mapping[int, np.ndarray], num_frames: int, stride_t: int, encode: Callable[[mx.array], mx.array]
+) -> mx.array:
+    """What I2V models get beside the noisy latents: (1, t, h, w, stride_t + C), the mask, then latents.
+
+    The latents are of `known_frames`' whole video, grey frames and all: zeros among pixels are not zeros among latents.
+
+    Args:
+        encode: video (1, T, H, W, 3) -> latents (1, t, h, w, C).
+    """
+    video, mask = known_frames(frames, num_frames, stride_t)
+    encoded = encode(mx.array(video))
+    return mx.concatenate([mx.broadcast_to(mx.array(mask), (*encoded.shape[:-1], stride_t)), encoded], axis=-1)
+
+
+def image_tokens(pictures: Iterable[Image.Image], side: int, encode: Callable[[mx.array], mx.array]) -> mx.array:
+    """What Wan2.1's I2V models attend to beside the text: (1, n, image_dim), all pictures' tokens in a row.
+
+    Args:
+        side: of the squares that pictures are stretched to.
+        encode: pictures (B, side, side, 3) -> (B, m, image_dim).
+    """
+    squares = np.concatenate([stretched_frame(picture, side, side)[0] for picture in pictures])
+    tokens = encode(mx.array(squares))
+    return tokens.reshape(1, -1, tokens.shape[-1])

@@ -84,6 +84,22 @@ def sibling(path: Path, mark: str) -> Path:
     return path.with_name(f"{path.stem}_{mark}{path.suffix}")
 
 
+RESUME_SUFFIX = ".resume.safetensors"
+
+
+def resume_path(path: Path) -> Path:
+    """Where a run is kept while its video is not there: `out.mp4.resume.safetensors`; for `frames/` beside it."""
+    if path.name == FRAMES_IN_FOLDER:
+        return path.parent.with_name(f"{path.parent.name}{RESUME_SUFFIX}")
+    return path.with_name(f"{path.name}{RESUME_SUFFIX}")
+
+
+def resumed_output(file: Path) -> str:
+    """The video that belongs to such a file, as a user would type it."""
+    video = str(file).removesuffix(RESUME_SUFFIX)
+    return video if Path(video).suffix.lower() in FORMATS or video == str(file) else f"{video}/"
+
+
 def settings_path(path: Path) -> Path:
     """Where the settings of a video lie beside it: `out.mp4.json`; `frames.json` for the folder `frames/`."""
     if path.name == FRAMES_IN_FOLDER:

@@ -125,13 +125,18 @@ def save_settings(path: Path, facts: dict[str, Any]) -> None:
 
 
 def read_settings(path: Path) -> dict[str, Any] | None:
-    """What `open_output(metadata=...)` stored in a file or folder, or what a .json beside it says; None if nothing.
+    """What `open_output(metadata=...)` stored in a file or folder, or what a .json or the state of
+    a run beside it says; None if nothing.
 
     Raises UserError if there is no such file or it is none of these.
     """
     if not path.exists():
         raise UserError(f"{path}: no such file")
     suffix = path.suffix.lower()
+    if suffix == ".safetensors":
+        from mlx_wan.resume import read_record
+
+        return read_record(path).get("settings")
     if suffix == ".json":
         text = path.read_text(encoding="utf-8", errors="replace")
     elif path.is_dir() or suffix in ANIMATIONS or suffix in PICTURES:

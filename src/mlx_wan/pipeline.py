@@ -1,11 +1,10 @@
 """From a prompt, or a prompt and a picture, to a video: the order of things, and who is in memory when."""
 
-import secrets
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Union
 
 import mlx.core as mx
 import numpy as np
@@ -19,7 +18,8 @@ from mlx_wan.models.clip import ImageEncoder
 from mlx_wan.models.transformer import WanTransformer
 from mlx_wan.models.umt5 import UMT5Encoder
 from mlx_wan.parallel.plan import ALONE, Parallel
-from mlx_wan.sampling import Condition, Expert, denoise, initial_noise
+from mlx_wan.request import checked_start, noise_for, open_picture, or_default, text, whole
+from mlx_wan.sampling import Condition, Expert, Point, denoise
 from mlx_wan.schedulers import Scheduler, make_scheduler
 from mlx_wan.schedulers.flow import TRAIN_TIMESTEPS
 from mlx_wan.text import Tokenizer, clean_prompt
@@ -36,8 +36,10 @@ if TYPE_CHECKING:
     from PIL import Image
 
 OUTPUT_TYPES = ("np", "latent")
+Picture = Union["Image.Image", str, Path]
+Pictures = Picture | list[Picture] | tuple[Picture, ...]
+EMBEDDINGS = 4  # that are kept: a few MB each
 DTYPES = (mx.float32, mx.bfloat16, mx.float16)
-Value = TypeVar("Value")
 
 
 class Event(NamedTuple):
@@ -45,13 +47,14 @@ class Event(NamedTuple):
 
     stage: "text", "image", "denoise", "frames" or "latents". index, total: how far that stage is, counted from 1.
     value: for "denoise" and "latents" normalised latents (1, t, h, w, C); for "frames" the next piece of the video,
-    uint8 (n, H, W, 3); else None.
+    uint8 (n, H, W, 3); else None. point: for "denoise", what `start=` takes to go on from there.
     """
 
     stage: str
     index: int
     total: int
     value: Any = None
+    point: Point | None = None
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ class _Request:
     guidance_scale: tuple[float, float]  # low noise, high noise
     scheduler: Scheduler
     seed: int | None
-    noise: mx.array
+    start: mx.array | Point  # noise, or where an earlier run stood
 
 
 class WanPipeline:
@@ -111,6 +114,7 @@ class WanPipeline:
         self.tokenizer = Tokenizer(checkpoint.tokenizer, checkpoint.transformer_config.text_len)
         self._transformers: dict[str, WanTransformer] = {}
         self._adapters = Adapters()
+        self._embeddings: dict[bytes, mx.array] = {}  # of the last prompts, by their tokens
         self._text_encoder: UMT5Encoder | None = None
         self._image_encoder: ImageEncoder | None = None
         self._vae: WanVAE | None = None
@@ -179,6 +183,7 @@ class WanPipeline:
                 self._release_transformers()
             transformer = self.parallel.load_transformer(self.checkpoint, self.dtype, part)
             self._adapters.install(transformer, part)
+            transformer.eval()
             self._transformers[part] = transformer
         return self._transformers[part]
 
@@ -214,19 +219,22 @@ class WanPipeline:
         length = int(mask.sum())
         # Padding is masked out of attention, so the tokens alone give the same vectors.
         ids = ids[:, :length]
+        if (kept := self._embeddings.get(ids.tobytes())) is not None:
+            return kept
         cache = None if self.text_cache is None else TextCache(self.text_cache, self.checkpoint, self.dtype)
-        if cache is not None and (known := cache.get(ids)) is not None:
-            return known
-        embedding = self.text_encoder(mx.array(ids))[0]
-        mx.eval(embedding)
-        if cache is not None:
-            cache.put(ids, embedding)
+        embedding = None if cache is None else cache.get(ids)
+        if embedding is None:
+            embedding = self.text_encoder(mx.array(ids))[0]
+            mx.eval(embedding)
+            if cache is not None:
+                cache.put(ids, embedding)
+        self._embeddings = dict([*self._embeddings.items(), (ids.tobytes(), embedding)][-EMBEDDINGS:])
         return embedding
 
     def __call__(
         self,
         prompt: str,
-        image: "Image.Image | str | Path | None" = None,
+        image: "Pictures | None" = None,
         negative_prompt: str | None = None,
         width: int | None = None,
         height: int | None = None,
@@ -240,6 +248,7 @@ class WanPipeline:
         output_type: Literal["np", "latent"] = "np",
         callback: Callable[[int, int, mx.array], None] | None = None,
         last_image: "Image.Image | str | Path | None" = None,
+        start: Point | None = None,
     ) -> PipelineOutput:
         """Makes a video. What is None is the model's own default (`spec`).
 
@@ -247,7 +256,8 @@ class WanPipeline:
             prompt: what to show.
             image: the first frame: a picture (shown upright if its EXIF data say how) or its file. Without width and
                 height the size follows the picture's aspect ratio at the model's default area; with both, the picture
-                is scaled and cropped to them. I2V models need one, T2V models take none.
+                is scaled and cropped to them. I2V models need one, T2V models take none. Or a list of 4n + 1: so many
+                frames the video begins with, the way a longer one is made (`extend`).
             negative_prompt: what to steer away from; has no effect at guidance_scale 1.
             width, height: in pixels, multiples of VAE stride times patch (32 for the 5B, 16 for others).
             num_frames: 4n + 1.
@@ -261,6 +271,8 @@ class WanPipeline:
             output_type: "latent" leaves the latents undecoded.
             callback: called with (step, steps, latents) after each step, steps counted from 1.
             last_image: the last frame, as `image`; FLF2V models need one, I2V-A14B takes one.
+            start: where an earlier run with the same arguments stood (`Event.point`, `resume.load_point`): the rest of
+                it is made, bit for bit.
 
         Raises:
             UserError: a value that the model cannot take.
@@ -282,8 +294,9 @@ class WanPipeline:
             seed,
             latents,
             last_image,
+            start,
         )
-        result, pieces = request.noise, []
+        result, pieces = None, []
         for event in self._run(request, decode=output_type == "np"):
             if event.stage == "denoise" and callback is not None:
                 callback(event.index, event.total, event.value)
@@ -291,18 +304,19 @@ class WanPipeline:
                 result = event.value
             elif event.stage == "frames":
                 pieces.append(event.value)
+        assert result is not None  # every run has that event
         frames = np.concatenate(pieces) if pieces else None
         return PipelineOutput(frames, result, request.seed, self.spec.fps)
 
     def stream(self, prompt: str, **options: Any) -> Iterator[Event]:
-        """Makes a video as `__call__` does, with its arguments from image to latents and last_image, and yields each
-        `Event`.
+        """Makes a video as `__call__` does, with its arguments from image to latents, last_image and start, and yields
+        each `Event`.
 
         Frames come in pieces as they are decoded, so that no more than a piece of the video is in memory. The request
         is checked at once, not at the first event.
         """
         names = ("image", "negative_prompt", "width", "height", "num_frames", "num_inference_steps")
-        names += ("guidance_scale", "shift", "scheduler", "seed", "latents", "last_image")
+        names += ("guidance_scale", "shift", "scheduler", "seed", "latents", "last_image", "start")
         unknown = sorted(options.keys() - set(names))
         if unknown:
             raise TypeError(f"stream() got an unexpected keyword argument {unknown[0]!r}")
@@ -384,35 +398,41 @@ class WanPipeline:
     # --- the order of things -----------------------------------------------------------------------------------------
 
     def _run(self, request: _Request, decode: bool) -> Iterator[Event]:
-        context, negative = yield from self._encode_texts(request)
-        condition = yield from self._encode_image(request)
-        total, latents = len(request.scheduler.timesteps), request.noise
-        steps = denoise(
-            lambda t: self._expert_at(t, request.guidance_scale),
-            request.scheduler,
-            request.noise,
-            context,
-            negative,
-            condition,
-            self.parallel.passes,
-        )
-        for index, latents in enumerate(steps, start=1):
-            yield Event("denoise", index, total, latents)
-        if self.low_memory:
-            self._release_transformers()  # the generator kept none
+        total, start = len(request.scheduler.timesteps), request.start
+        latents = start.latents if isinstance(start, Point) else start
+        if not isinstance(start, Point) or start.step < total:
+            for point in (yield from self._denoising(request)):
+                latents = point.latents
+                yield Event("denoise", point.step, total, latents, point)
+            if self.low_memory:
+                self._release_transformers()  # the generator kept none
         yield Event("latents", 1, 1, latents)
         if decode and self.parallel.is_first:
             for index, piece in enumerate(self.vae.stream_decode(latents, self.low_memory), start=1):
                 _check_piece(piece, latents[:, index - 1], index)
                 yield Event("frames", index, latents.shape[1], to_uint8(piece[0]))
 
+    def _denoising(self, request: _Request) -> Generator[Event, None, Iterator[Point]]:
+        """The steps still to be made, once text and pictures are encoded."""
+        context, negative = yield from self._encode_texts(request)
+        condition = yield from self._encode_image(request)
+        return denoise(
+            lambda t: self._expert_at(t, request.guidance_scale),
+            request.scheduler,
+            request.start,
+            context,
+            negative,
+            condition,
+            self.parallel.passes,
+        )
+
     def _expert_at(self, timestep: float, guidance_scale: tuple[float, float]) -> Expert:
         """The transformer for a timestep. They fall, so that two experts change places once in a run."""
         low, high = guidance_scale
-        boundary = self.spec.boundary
+        boundary, adapters = self.spec.boundary, tuple(self._adapters.strengths.items())
         if boundary is None or timestep >= boundary * TRAIN_TIMESTEPS:
-            return Expert(self._load_transformer("transformer"), high)
-        return Expert(self._load_transformer("transformer_2"), low)
+            return Expert(self._load_transformer("transformer"), high, adapters)
+        return Expert(self._load_transformer("transformer_2"), low, adapters)
 
     def _encode_texts(self, request: _Request) -> Generator[Event, None, tuple[mx.array, mx.array]]:
         context = self._padded(self.encode_prompt(request.prompt))
@@ -430,8 +450,9 @@ class WanPipeline:
         from mlx_wan.conditioning import image_to_frame
 
         if self.spec.task == "ti2v":
-            frame = image_to_frame(request.pictures[0], request.width, request.height)
-            condition = Condition(first_frame=self.vae.encode(mx.array(frame)))
+            size = request.width, request.height
+            frames = np.concatenate([image_to_frame(picture, *size) for picture in request.pictures.values()], axis=1)
+            condition = Condition(first_frame=self.vae.encode(mx.array(frames)))
             mx.eval(condition.first_frame)
         else:
             condition = self._known_frames(request)
@@ -443,20 +464,16 @@ class WanPipeline:
 
     def _known_frames(self, request: _Request) -> Condition:
         """Pictures as I2V and FLF2V models see them: as a video with grey frames, and some as image tokens."""
-        from mlx_wan.conditioning import cropped, known_frames, stretched_frame
+        from mlx_wan.conditioning import cropped, image_tokens, known_channels, stretched_frame
 
         size, step = (request.width, request.height), min(self.checkpoint.size_steps)
         pictures = {place: cropped(picture, *size, step) for place, picture in request.pictures.items()}
         frames = {place: stretched_frame(picture, *size) for place, picture in pictures.items()}
-        video, mask = known_frames(frames, request.num_frames, self.checkpoint.vae_config.stride[0])
-        encoded = self.vae.encode(mx.array(video))
-        mask = mx.broadcast_to(mx.array(mask), (*encoded.shape[:-1], mask.shape[-1]))
-        channels, image = mx.concatenate([mask, encoded], axis=-1), None
+        stride = self.checkpoint.vae_config.stride[0]
+        channels, image = known_channels(frames, request.num_frames, stride, self.vae.encode), None
         if self.image_encoder is not None:
-            side = self.image_encoder.config.image_size
-            squares = np.concatenate([stretched_frame(picture, side, side)[0] for picture in pictures.values()])
-            image = self.image_encoder(mx.array(squares))
-            image = image.reshape(1, -1, image.shape[-1])
+            ends = [picture for place, picture in pictures.items() if place in (0, request.num_frames - 1)]
+            image = image_tokens(ends, self.image_encoder.config.image_size, self.image_encoder)
         mx.eval(channels, image)
         return Condition(channels=channels, image=image)
 
@@ -470,7 +487,7 @@ class WanPipeline:
     def _request(
         self,
         prompt: str,
-        image: "Image.Image | str | Path | None",
+        image: "Pictures | None",
         negative_prompt: str | None,
         width: int | None,
         height: int | None,
@@ -482,29 +499,35 @@ class WanPipeline:
         seed: int | None,
         latents: mx.array | None,
         last_image: "Image.Image | str | Path | None" = None,
+        start: Point | None = None,
     ) -> _Request:
         spec = self.spec
-        picture, last = _open(image), _open(last_image)
+        given = [open_picture(each) for each in (image if isinstance(image, list | tuple) else [image])]
+        first, last = [picture for picture in given if picture is not None], open_picture(last_image)
+        picture = first[0] if first else None
         spec.check_pictures(picture is not None, last is not None)
-        width, height = self._size(_whole("width", width), _whole("height", height), picture)
-        num_frames = _or(_whole("num_frames", num_frames), spec.num_frames)
-        pictures = {place: p for place, p in ((0, picture), (num_frames - 1, last)) if p is not None}
+        width, height = self._size(whole("width", width), whole("height", height), picture)
+        num_frames = or_default(whole("num_frames", num_frames), spec.num_frames)
+        if len(first) > 1 and ((len(first) - 1) % spec.vae_stride[0] or len(first) >= num_frames):
+            raise UserError(f"image is {len(first)} pictures; one or {spec.vae_stride[0]}n+1, fewer than the frames")
+        pictures = dict(enumerate(first)) | ({} if last is None else {num_frames - 1: last})
         if last is not None and num_frames == 1:
             raise UserError("num_frames is 1; a first and a last frame need more")
-        noise, seed = _noise(latents, _whole("seed", seed), self._latent_shape(width, height, num_frames))
+        shape, seed = self._latent_shape(width, height, num_frames), whole("seed", seed)
+        noise, seed = noise_for(latents, seed, shape) if start is None else (checked_start(start, latents, shape), seed)
         self.scheduler = make_scheduler(
-            _or(scheduler, spec.scheduler),
-            _or(num_inference_steps, spec.num_inference_steps),
-            _or(shift, spec.shift_for(width, height)),
+            or_default(scheduler, spec.scheduler),
+            or_default(num_inference_steps, spec.num_inference_steps),
+            or_default(shift, spec.shift_for(width, height)),
         )
         return _Request(
-            _text("prompt", prompt),
+            text("prompt", prompt),
             pictures,
-            _text("negative_prompt", _or(negative_prompt, spec.negative_prompt)),
+            text("negative_prompt", or_default(negative_prompt, spec.negative_prompt)),
             width,
             height,
             num_frames,
-            spec.check_guidance(_or(guidance_scale, spec.guidance_scale)),
+            spec.check_guidance(or_default(guidance_scale, spec.guidance_scale)),
             self.scheduler,
             seed,
             noise,
@@ -531,53 +554,6 @@ class WanPipeline:
             raise UserError(f"num_frames is {num_frames}; it must be {stride_t}n+1, such as {self.spec.num_frames}")
         frames = (num_frames - 1) // stride_t + 1
         return 1, frames, height // stride_h, width // stride_w, self.checkpoint.vae_config.z_dim
-
-
-def _open(image: "Image.Image | str | Path | None") -> "Image.Image | None":
-    if isinstance(image, str | Path):
-        from mlx_wan.video import read_image
-
-        return read_image(image)
-    if image is None:
-        return None
-    from PIL import Image
-
-    if not isinstance(image, Image.Image):
-        raise UserError(f"image is a {type(image).__name__}; give a file name or a PIL image")
-    from mlx_wan.video import to_rgb
-
-    return to_rgb(image)
-
-
-def _or(value: Value | None, default: Value) -> Value:
-    return default if value is None else value
-
-
-def _text(name: str, value: str) -> str:
-    if not isinstance(value, str):
-        raise UserError(f"{name} is a {type(value).__name__}; it must be a string (one video a call)")
-    return value
-
-
-def _whole(name: str, value: int | None) -> int | None:
-    if value is None:
-        return None
-    if not isinstance(value, int | np.integer) or not 0 <= value < 2**64:
-        raise UserError(f"{name} is {value!r}; it must be a whole number, not negative")
-    return int(value)
-
-
-def _noise(latents: mx.array | None, seed: int | None, shape: tuple[int, ...]) -> tuple[mx.array, int | None]:
-    """Noise of `shape`, float32, and its seed: drawn, or given and found to be finite."""
-    if latents is None:
-        seed = secrets.randbelow(2**32) if seed is None else seed
-        return initial_noise(shape, seed), seed
-    latents = mx.array(latents, dtype=mx.float32)
-    if latents.shape != shape:
-        raise UserError(f"latents are {latents.shape}; this size and number of frames need {shape}")
-    if not mx.isfinite(latents).all().item():
-        raise UserError("latents hold NaN or infinite values; they must be noise of mean 0 and variance 1")
-    return latents, seed
 
 
 def _check_piece(piece: mx.array, latents: mx.array, index: int) -> None:

@@ -44,7 +44,7 @@ def test_bash_completes_commands_flags_values_and_files(tmp_path, monkeypatch):
     (tmp_path / "model").mkdir()
     (tmp_path / "movie.mp4").touch()
     assert completions("mlx-wan", "in") == ["inspect", "info"]
-    assert completions("mlx-wan", "generate", "--save") == ["--save_file", "--save_settings"]
+    assert completions("mlx-wan", "generate", "--save") == ["--save_file", "--save_settings", "--save_every"]
     assert completions("mlx-wan", "generate", "--codec", "pro") == ["prores"]
     assert completions("mlx-wan", "generate", "--steps", "") == []
     assert completions("mlx-wan", "generate", "--ckpt_dir", "mo") == ["model"]

@@ -53,3 +53,31 @@ def test_attention_in_pieces_has_the_same_gradients(monkeypatch, keys, compiled)
 
     for got, want in zip(gradients(True), gradients(False), strict=True):
         np.testing.assert_allclose(np.array(got), np.array(want), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("in_pieces", [False, True])
+@pytest.mark.parametrize(("queries", "keys"), [(32, 32), (32, 5), (32, 50), (30, 30), (30, 7)])
+def test_attention_in_tiles_is_attention(monkeypatch, queries, keys, in_pieces):
+    """What CUDA is given: never whole tiles of queries with keys that are none."""
+    lengths = queries, keys, keys, queries
+    q, k, v, probe = (mx.random.normal((2, n, 12), key=mx.random.key(i)) for i, n in enumerate(lengths))
+    seen = []
+
+    def gradients(in_pieces=False):
+        def loss(q, k, v):
+            return (layers.attend(q, k, v, num_heads=3, scale=0.5, in_pieces=in_pieces) * probe).sum()
+
+        value, grads = mx.value_and_grad(loss, argnums=(0, 1, 2))(q, k, v)
+        return [value, *grads]
+
+    plain, fast = gradients(), mx.fast.scaled_dot_product_attention
+    monkeypatch.setattr(layers, "TILE", 16)
+    monkeypatch.setattr(layers, "_fused_backward", lambda q: True)
+    monkeypatch.setattr(
+        mx.fast,
+        "scaled_dot_product_attention",
+        lambda q, k, v, **options: seen.append((q.shape[2] % 16, k.shape[2] % 16)) or fast(q, k, v, **options),
+    )
+    for got, want in zip(gradients(in_pieces), plain, strict=True):
+        np.testing.assert_allclose(np.array(got), np.array(want), rtol=1e-4, atol=1e-5)
+    assert seen == [(0, 0) if in_pieces or queries == 32 else (queries % 16, keys % 16)]

@@ -93,3 +93,37 @@ def test_another_model_is_named(folder, tmp_path):
 def test_one_process_cannot_share(folder, tmp_path, capsys, flags, message):
     assert main(line(folder, tmp_path / "x.mp4", flags)[2:]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_stopped_run_of_two_goes_on(folder, tmp_path):
+    """The first process keeps the run; the second needs no file of it. What comes out is the same to the byte."""
+    path, whole = tmp_path / "two.mp4", tmp_path / "whole.mp4"
+    kept = tmp_path / "two.mp4.resume.safetensors"
+    flags = "--sample_steps 40 --seed 3 --ulysses_size 2 --codec lossless"
+    processes = ranks.start(tmp_path, 2, line(folder, path, f"{flags} --save_every 3"))
+    while not kept.exists():
+        assert processes[0].poll() is None, processes[0].communicate()
+        time.sleep(0.01)
+    processes[1].kill()
+    assert [code for code, *_ in ranks.finish(processes, timeout=30)] == [1, -9]
+    assert not path.exists()
+    again = ["-m", "mlx_wan.cli.main", "generate", "--ulysses_size", "2", "--resume"]
+    elsewhere = str(tmp_path / "absent" / kept.name)
+    results = ranks.finish(ranks.start(tmp_path, 2, [*again, str(kept)], {1: [*again, elsewhere]}))
+    assert [code for code, *_ in results] == [0, 0], results
+    assert not kept.exists()
+    results = ranks.finish(ranks.start(tmp_path, 2, line(folder, whole, flags)))
+    assert [code for code, *_ in results] == [0, 0], results
+    assert path.read_bytes() == whole.read_bytes()
+
+
+def test_two_processes_make_a_longer_video(folder, tmp_path):
+    """The second needs the frames that the first has decoded: without them it would compute another part."""
+    path, alone = tmp_path / "two.mp4", tmp_path / "one.mp4"
+    flags = "--sample_steps 2 --seed 3 --extend 1 --overlap 5 --codec lossless"
+    results = ranks.finish(ranks.start(tmp_path, 2, line(folder, path, f"{flags} --ulysses_size 2")))
+    assert [code for code, *_ in results] == [0, 0], results
+    assert main(line(folder, alone, flags)[2:]) == 0
+    together, single = (read_video(file)[0].astype(int) for file in (path, alone))
+    assert together.shape == (13, 64, 96, 3)
+    assert np.abs(together - single).max() <= 2

@@ -11,7 +11,7 @@ import toy_model
 from mlx_wan.errors import WanError
 from mlx_wan.pipeline import WanPipeline
 from mlx_wan.training import cache as module
-from mlx_wan.training.cache import Cache, load_context, load_latents
+from mlx_wan.training.cache import Cache, load_clip, load_context
 from mlx_wan.training.dataset import Sampling, find_sources, plan_clips, read_clip
 from mlx_wan.weights.load import locate
 
@@ -43,7 +43,7 @@ def test_it_holds_what_the_encoders_give(tmp_path, model, data):
     pipe = WanPipeline.from_pretrained(model)
     for clip, file in cached.latents:
         want = np.array(pipe.vae.encode(mx.array(read_clip(clip))))[0]
-        np.testing.assert_allclose(np.array(load_latents(file)), want, rtol=1e-3, atol=1e-3)
+        np.testing.assert_allclose(np.array(load_clip(file)["latents"]), want, rtol=1e-3, atol=1e-3)
     want = np.array(pipe._padded(pipe.encode_prompt("a bar")))[0]
     np.testing.assert_array_equal(np.array(load_context(cached.texts["a bar"], 16)), want)
     assert cached.texts.keys() == {"a bar", ""}

@@ -12,8 +12,8 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_wan.errors import CheckpointError, WanError
-from mlx_wan.training import checkpoint
 from mlx_wan.training.checkpoint import damaged_states, load_state, newest_state, save_state, step_of
+from mlx_wan.weights import whole
 
 
 def tree(value=1.0):
@@ -126,7 +126,7 @@ def test_a_save_that_is_cut_off_leaves_the_state_of_before(tmp_path, monkeypatch
     def interrupt(_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint.os, "fsync", interrupt)
+    monkeypatch.setattr(whole.os, "fsync", interrupt)
     with pytest.raises(KeyboardInterrupt):
         save_state(tmp_path, 2, tree(), keep=1)
     assert names(tmp_path) == [old.name]

@@ -284,16 +284,17 @@ def test_a_band_asks_within_its_timesteps():
         seen.append(timesteps[0, 0].item())
         return mx.zeros(latents.shape)
 
-    band_losses(transformer, 3, lambda i: (mx.zeros((2, 2, 2, 4)), mx.zeros((5, 8))))
+    band_losses(transformer, 3, lambda i: ({"latents": mx.zeros((2, 2, 2, 4))}, mx.zeros((5, 8))))
     np.testing.assert_allclose(seen, [250 * b + 250 * (i + 0.5) / 3 for i in range(3) for b in range(4)], rtol=1e-5)
 
 
 def test_a_bad_clip_stops_the_run_and_is_named(model, data, tmp_path, monkeypatch):
     made = plan(model, data, tmp_path, iters=40, image_to_video=0.0)
     bad = data / "clip1.mp4"
-    real = finetune.load_latents
+    real = finetune.load_clip
     file = next(file for clip, file in fill_cache(made, lambda *_: None)[0].latents if clip.source.path == bad)
-    monkeypatch.setattr(finetune, "load_latents", lambda f: real(f) * (float("nan") if f == file else 1))
+    broken = lambda f: {name: a * (float("nan") if f == file else 1) for name, a in real(f).items()}  # noqa: E731
+    monkeypatch.setattr(finetune, "load_clip", broken)
     with pytest.raises(WanError, match=rf"loss is nan at step \d+ \(at {bad} frames 0-4\): training stopped") as caught:
         run(made, False, lambda row: None)
     last = newest_state(tmp_path)
@@ -377,11 +378,11 @@ def kill(*_):
 if where == "encode":  # the second clip is written but has no name yet
     real = os.fsync
     calls = []
-    checkpoint.os.fsync = lambda fd: kill() if calls.append(fd) or len(calls) == 2 else real(fd)
+    os.fsync = lambda fd: kill() if calls.append(fd) or len(calls) == 2 else real(fd)
 
 def saving(*arguments):
     if when and arguments[1] >= when and where == "save":
-        checkpoint.os.fsync = kill
+        os.fsync = kill
     return checkpoint.save_state(*arguments)
 
 def adapters(*arguments):

@@ -12,9 +12,8 @@ from mlx_wan.errors import UserError
 from mlx_wan.training.buckets import Bucket
 from mlx_wan.training.dataset import Source
 from mlx_wan.training.options import FinetuneRecipe
-from mlx_wan.training.plan import activations, hold_out, make_plan, resolve
+from mlx_wan.training.plan import activations, hold_out, make_plan
 from mlx_wan.weights.convert import convert
-from mlx_wan.weights.load import locate
 
 
 @pytest.fixture(scope="module")
@@ -70,11 +69,9 @@ def test_the_models_own_values_fill_the_gaps(model, data):
     assert (other.width, other.num_frames, other.fps, other.shift, other.cache) == (24, (3, 7), 6.0, 1.0, "c")
 
 
-def test_models_of_another_kind_are_refused(model, data):
-    found = locate(model)
-    other = replace(found, spec=replace(found.spec, task="t2v", name="t2v-A14B"))
-    with pytest.raises(UserError, match="is t2v-A14B; only TI2V models are fine-tuned so far"):
-        resolve(FinetuneRecipe(model="m", data=str(data)), other)
+def test_an_expert_is_for_models_that_have_two(model, data):
+    with pytest.raises(UserError, match="expert"):
+        plan(model, data, expert="high")
 
 
 def test_planning_writes_nothing(model, data):

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import sys
-import types
 from dataclasses import fields, replace
 
 import cases
@@ -512,59 +510,7 @@ def test_an_image_encoder_with_something_else(with_tokens):
         locate(with_tokens)
 
 
-# --- Hub and embedded model -----------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def hub(monkeypatch, folder):
-    """A stand-in for huggingface_hub whose downloads are recorded and come from `folder`."""
-    calls = []
-
-    def snapshot_download(hub_id, allow_patterns):
-        calls.append((hub_id, allow_patterns))
-        if hub_id.startswith("nobody/"):
-            raise OSError("offline\nand more")
-        return str(folder)
-
-    module = types.ModuleType("huggingface_hub")
-    module.snapshot_download = snapshot_download
-    errors = types.ModuleType("huggingface_hub.errors")
-    errors.HfHubHTTPError = type("HfHubHTTPError", (OSError,), {})
-    monkeypatch.setitem(sys.modules, "huggingface_hub", module)
-    monkeypatch.setitem(sys.modules, "huggingface_hub.errors", errors)
-    return calls
-
-
-def test_a_hub_id_of_two_experts(hub, monkeypatch, tmp_path):
-    folder = checkpoint.write_official(tmp_path / "experts", "small-t2v-A14B")
-    monkeypatch.setattr(sys.modules["huggingface_hub"], "snapshot_download", lambda _, allow_patterns: str(folder))
-    assert locate("Wan-AI/Wan2.2-T2V-A14B").kind == "t2v-A14B"
-    wanted = {name for layout in locating.LAYOUTS for names in layout.files.values() for name in names}
-    assert {"low_noise_model/diffusion_pytorch_model.safetensors.index.json", "Wan2.1_VAE.pth"} <= wanted
-
-
-def test_a_hub_id_downloads_what_is_needed(hub):
-    checkpoint = locate("Wan-AI/Wan2.2-TI2V-5B")
-    assert checkpoint.layout.name == "official"
-    assert [hub_id for hub_id, _ in hub] == ["Wan-AI/Wan2.2-TI2V-5B"] * 2
-    assert hub[0][1] == ["config.json", "model_index.json", "*/config.json"]
-    assert {"config.json", "Wan2.2_VAE.pth", "google/umt5-xxl/tokenizer.json"} <= set(hub[1][1])
-    assert "diffusion_pytorch_model-*-of-*.safetensors" in hub[1][1]
-
-
-def test_another_model_is_refused_before_it_is_downloaded(hub, folder):
-    checkpoints.edit_json(folder / "config.json", model_type="s2v")
-    with pytest.raises(CheckpointError, match="type s2v"):
-        locate("Wan-AI/Wan2.2-S2V-14B")
-    assert len(hub) == 1
-
-
-def test_an_unreachable_hub_is_one_line(hub):
-    with pytest.raises(
-        UserError, match=r"^nobody/none: no such folder here, and .*\(offline\); check the name"
-    ) as caught:
-        locate("nobody/none")
-    assert "\n" not in str(caught.value)
+# --- the embedded model --------------------------------------------------------------------------------------
 
 
 def test_an_installation_without_the_embedded_model(tmp_path, monkeypatch):

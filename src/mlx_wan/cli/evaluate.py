@@ -18,6 +18,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--lora", action="append", default=[], type=Path, metavar="FILE", help="adapters; may be repeated"
     )
+    parser.add_argument("--expert", help="of an A14B model: high or low, with its LoRAs and at its noise levels")
     parser.add_argument("--num-frames", type=int, nargs="+", default=[], metavar="N", help="lengths of clips")
     parser.add_argument("--width", type=int, help="with --height: area of a clip")
     parser.add_argument("--height", type=int, help="with --width: area of a clip")
@@ -40,6 +41,7 @@ def run(args: argparse.Namespace) -> int:
     recipe = FinetuneRecipe(
         model=args.model,
         data=args.data,
+        expert=args.expert,
         num_frames=tuple(args.num_frames),
         width=args.width,
         height=args.height,

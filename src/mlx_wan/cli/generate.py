@@ -1,7 +1,6 @@
 """`mlx-wan generate`: from a prompt, or a prompt and a picture, to a video file.
 
-Flags carry the names of Wan's official generate.py, with shorter ones beside them. Everything that can be wrong
-with a request is found out before weights are loaded.
+Everything that can be wrong with a request is found out before weights are loaded.
 """
 
 import argparse
@@ -18,14 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_wan import backend
-from mlx_wan.cli import report, settings
-from mlx_wan.cli.fuse import add_lora_flags, parse_loras
+from mlx_wan.cli import longer, report, resume, settings
+from mlx_wan.cli.flags import DTYPE_BYTES, FILES, TASKS, add_flags
+from mlx_wan.cli.fuse import parse_loras
 from mlx_wan.cli.progress import JsonProgress, Progress
-from mlx_wan.cli.ranks import add_sharing_flags, together
+from mlx_wan.cli.ranks import together
 from mlx_wan.cli.report import note as _note
 from mlx_wan.errors import UserError, WanError
-from mlx_wan.formats import CODEC_NAMES, output_path, settings_path, sibling
-from mlx_wan.prompting import LANGUAGES, METHODS
+from mlx_wan.formats import output_path, settings_path, sibling
 from mlx_wan.zoo import MODELS
 
 if TYPE_CHECKING:
@@ -35,115 +34,16 @@ if TYPE_CHECKING:
     from mlx_wan.weights.checkpoint import Checkpoint, Component
 
 SUMMARY = "make a video from a prompt, or from a prompt and a picture"
-TASKS = tuple(name for name, spec in MODELS.items() if spec.hub_id)
 OTHER_TASKS = ("animate-14B", "s2v-14B")
-FILES = settings.PARTS
-SOLVERS = ("unipc", "dpm++", "euler")
-DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 LARGEST_SEED = 2**63 - 1
-
-
-# --- flags ---------------------------------------------------------------------------------------------------
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser = commands.add_parser("generate", help=SUMMARY, description=SUMMARY)
-    parser.set_defaults(recorded=None, exact_size=False, extended={})  # what settings.fill finds in a video
-    what = parser.add_argument_group("video: what to make")
-    what.add_argument("--prompt", help="what the video shows")
-    what.add_argument("--negative_prompt", "--n_prompt", help="what it must not show (default: the model's own)")
-    what.add_argument(
-        "--image", "--first_frame", metavar="FILE", help="a picture to start from: the video's first frame"
-    )
-    what.add_argument("--last_frame", metavar="FILE", help="a picture to end with (flf2v-14B, i2v-A14B)")
-    what.add_argument("--size", metavar="W*H", help="width*height in pixels; with --image only the area counts")
-    what.add_argument("--frame_num", "--num_frames", type=int, metavar="N", help="number of frames, 4n+1")
-    what.add_argument("--fps", type=float, help="frames a second of the file (default: the model's own)")
-    what.add_argument(
-        "--save_file",
-        "--output",
-        "-o",
-        metavar="FILE",
-        help=".mp4, .mov, .mkv, .webm, .gif, .webp, .png, or DIR/ for PNG frames (default: a telling name here)",
-    )
-    out = parser.add_argument_group("output: what is written and shown")
-    out.add_argument("--codec", choices=CODEC_NAMES, help="default: by the ending; h264 for .mp4, prores for .mov")
-    out.add_argument("--save_settings", action="store_true", help="the settings also as JSON beside the video")
-    out.add_argument("--preview", metavar="DIR", help="a small picture of every step's latents, into this folder")
-    out.add_argument("--progress", choices=("bar", "json"), default="bar", help="json: an object a line on stderr")
-    several = parser.add_argument_group("several: more than one run, and runs again")
-    several.add_argument("--from", dest="replay", metavar="VIDEO", help="every flag not given is as in this video")
-    several.add_argument("--batch", metavar="FILE", help="JSON objects, one a line: any flag here by its long name")
-    extend = parser.add_argument_group("prompts: a language model makes the prompt richer")
-    extend.add_argument("--use_prompt_extend", action="store_true", help="ask one; if it fails, the prompt stays")
-    extend.add_argument(
-        "--prompt_extend_method", choices=METHODS, default=METHODS[0], help="which service (%(default)s)"
-    )
-    extend.add_argument(
-        "--prompt_extend_model", metavar="NAME", help="its name there; a folder or Hub id for local_qwen"
-    )
-    extend.add_argument(
-        "--prompt_extend_target_lang", choices=LANGUAGES, default="zh", help="to write in (%(default)s)"
-    )
-    model = parser.add_argument_group("model: which one")
-    model.add_argument("--task", help=f"which model it must be: {', '.join(TASKS)} (default: what --ckpt_dir holds)")
-    model.add_argument(
-        "--ckpt_dir", "--model", metavar="DIR", help="model folder or Hub id (default: the small embedded model)"
-    )
-    for part in FILES:
-        model.add_argument(f"--{part}", metavar="FILE", help=f"a {part.replace('_', ' ')} in place of the folder's own")
-    model.add_argument("--dtype", choices=tuple(DTYPE_BYTES), help="of weights and products (default: by device)")
-    add_lora_flags(model)
-    model.add_argument("--fuse", action="store_true", help="add the LoRAs to the weights instead of beside them")
-    how = parser.add_argument_group("sampling: how (defaults: the model's own)")
-    how.add_argument(
-        "--base_seed",
-        "--seed",
-        type=int,
-        nargs="+",
-        metavar="N",
-        help="of the noise; -1 for a random one (default); several make several videos",
-    )
-    how.add_argument("--sample_solver", "--scheduler", choices=SOLVERS, help="the sampler")
-    how.add_argument("--sample_steps", "--steps", type=int, metavar="N", help="denoising steps")
-    how.add_argument("--sample_shift", "--shift", type=float, metavar="X", help="shift of the noise schedule")
-    how.add_argument(
-        "--sample_guide_scale",
-        "--guidance",
-        type=_guidance,
-        metavar="X",
-        help="guidance; 1 is none; LOW,HIGH noise for a model of two experts",
-    )
-    how.add_argument(
-        "--keep_both_experts",
-        action="store_true",
-        help="keep both experts of an A14B model in memory, instead of loading the second when its turn comes",
-    )
-    how.add_argument(
-        "--text_cache", metavar="DIR", help="keep embeddings of prompts there; one that comes again loads no encoder"
-    )
-    how.add_argument("--ignore_plan", action="store_true", help="run even if `mlx-wan plan` says that it does not fit")
-    add_sharing_flags(parser)
-    old = parser.add_argument_group("official: accepted from that script, without effect here")
-    old.add_argument("--offload_model", nargs="?", const=True, type=_boolean, metavar="BOOL", help="memory is shared")
-    old.add_argument("--t5_cpu", action="store_true", help="memory is shared, and the text encoder freed after use")
-    old.add_argument("--convert_model_dtype", action="store_true", help="weights are converted as they are loaded")
+    # What settings.fill finds in a video, and longer.read in the one that goes on.
+    parser.set_defaults(recorded=None, exact_size=False, extended={}, places={}, before=None)
+    add_flags(parser)
     return parser
-
-
-def _boolean(text: str) -> bool:
-    words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-    if text.lower() not in words:
-        raise argparse.ArgumentTypeError(f"{text!r} is not true or false")
-    return words[text.lower()]
-
-
-def _guidance(text: str) -> float | tuple[float, ...]:
-    try:
-        numbers = tuple(float(number) for number in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number, or two with a comma between them") from None
-    return numbers[0] if len(numbers) == 1 else numbers
 
 
 # --- the run -------------------------------------------------------------------------------------------------
@@ -211,7 +111,9 @@ def _batch(args: argparse.Namespace) -> tuple[list[Job], int]:
 
 def _jobs(args: argparse.Namespace, name: str, taken: set[Path]) -> list[Job]:
     """A job for each seed. `taken` holds the files of earlier jobs, and gets those of these."""
-    if args.replay:
+    if args.resume is not None:
+        resume.fill(args)
+    elif args.replay:
         settings.fill(args)
     _check_flags(args)
     from mlx_wan.outputs import check_output
@@ -229,6 +131,7 @@ def _jobs(args: argparse.Namespace, name: str, taken: set[Path]) -> list[Job]:
     alone = not args.ckpt_dir and not any(files.values())
     checkpoint = locate("tiny" if alone else args.ckpt_dir, task=args.task, **files)
     _check_task(args.task, checkpoint)
+    image = longer.read(args, checkpoint, image)
     checkpoint.spec.check_pictures(image is not None, last is not None)
     if alone and not args.replay:
         _note("no --ckpt_dir: the small embedded model draws this (coloured shapes that move)")
@@ -240,13 +143,16 @@ def _jobs(args: argparse.Namespace, name: str, taken: set[Path]) -> list[Job]:
         one.base_seed = seed
         options: dict[str, Any] = _options(one, checkpoint, image) | ({} if last is None else {"last_image": last})
         options["seed"] = args.crew.same_seed(options["seed"], drawn=seed < 0)
+        longer.check(one, checkpoint, options)
         args.crew.agree(checkpoint, {"prompt": args.prompt, "--dtype": args.dtype, "LoRAs": loras, **options})
+        if args.resume:
+            resume.check(args, _facts(one, checkpoint, options))
         if wanted is None:
             path = _free_name(args.prompt, checkpoint.spec.name, options, taken)
         else:
             path = wanted if len(seeds) == 1 else sibling(wanted, f"seed{options['seed']}")
         if args.crew.is_first:
-            check_output(path, args.codec, options["num_frames"])
+            check_output(path, args.codec, options["num_frames"] * longer.parts(args))
         if path in taken:
             raise UserError(f"{path}: is already the file of an earlier video of this command")
         taken.add(path)
@@ -322,34 +228,54 @@ def _make(
     args: argparse.Namespace, checkpoint: "Checkpoint", options: dict[str, Any], path: Path, pipelines: Pipelines
 ) -> dict[str, float]:
     """Load, generate and write, under one progress bar; returns the seconds each stage took."""
+    from mlx_wan import extend
     from mlx_wan.cli.steps import StepPictures
     from mlx_wan.outputs import Behind, open_output, save_settings
 
-    pieces = (options["num_frames"] - 1) // checkpoint.spec.vae_stride[0] + 1
+    pieces, parts = (options["num_frames"] - 1) // checkpoint.spec.vae_stride[0] + 1, longer.parts(args)
+    steps = options["num_inference_steps"]
     args = _extend_prompt(args, pipelines) if args.use_prompt_extend else args
     shown = JsonProgress if report.is_json() else Progress
-    with shown(options["num_inference_steps"], pieces) as progress:
+    done, start = resume.stand(args, options)
+    with shown(steps * parts, pieces * parts, steps * len(done) + (start.step if start else 0)) as progress:
         progress.stage("load")
         pipe = pipelines.get(args, checkpoint)
         is_first = args.crew.is_first
         previews = StepPictures(Path(args.preview), path, pipe) if args.preview and is_first else None
-        events = pipe.stream(args.prompt, **options)
-        fps, dtype = args.fps or checkpoint.spec.fps, str(pipe.dtype).removeprefix("mlx.core.")
-        facts = settings.facts(args, checkpoint, options, **args.extended, fps=fps, dtype=dtype)
+        if args.extend:
+            events = extend.stream(pipe, args.prompt, parts, args.overlap, args.before, done, start, **options)
+        else:
+            events = pipe.stream(args.prompt, **options, start=start)
+        facts = _facts(args, checkpoint, options)
         with contextlib.ExitStack() as stack:
-            behind = None
+            keeper = behind = None
+            if args.save_every and is_first:
+                kept = resume.record(args, facts)
+                keeper = stack.enter_context(resume.Keeper(path, args.save_every, steps, kept, done))
             if is_first:
-                writer = stack.enter_context(open_output(path, fps, args.codec, facts))
+                writer = stack.enter_context(open_output(path, facts["fps"], args.codec, facts))
                 args.crew.on_stop(writer.discard)
+                if args.before is not None:
+                    writer.write(args.before)
                 behind = stack.enter_context(Behind(writer))
             progress.stage("text")
             for event in events:
+                if keeper is not None:
+                    keeper.saw(event)
                 if event.stage == "denoise" and previews:
                     previews.write(event.index, event.value)
-                _follow(event, progress, behind, with_image=args.image is not None)
+                _follow(event, progress, behind, with_image=bool(args.image or args.extend))
         if args.save_settings and is_first:
             save_settings(settings_path(path), facts)
     return progress.seconds
+
+
+def _facts(args: argparse.Namespace, checkpoint: "Checkpoint", options: dict[str, Any]) -> dict[str, Any]:
+    """What the video will carry."""
+    fps = args.fps or checkpoint.spec.fps
+    dtype = args.dtype or str(backend.default_dtype()).removeprefix("mlx.core.")
+    more = {**args.extended, **longer.facts(args)}
+    return settings.facts(args, checkpoint, options, **more, fps=fps, dtype=dtype)
 
 
 def _extend_prompt(args: argparse.Namespace, pipelines: Pipelines) -> argparse.Namespace:
@@ -373,7 +299,8 @@ def _follow(event: "Event", progress: Progress, writer: "Behind | None", with_im
     elif event.stage == "latents":
         progress.stage("decode")
     elif event.stage == "frames" and writer is not None:
-        writer.write(event.value)
+        if len(event.value):
+            writer.write(event.value)
         progress.piece_done()
 
 
@@ -384,6 +311,8 @@ def _check_flags(args: argparse.Namespace) -> None:
     """What can be judged without knowing the model."""
     if args.prompt is None:
         raise UserError("the following arguments are required: --prompt (see mlx-wan generate --help)")
+    if args.save_every is not None and args.save_every < 1:
+        raise UserError(f"--save_every {args.save_every}: must be at least 1")
     for flag in ("image", "last_frame", "save_file", "ckpt_dir", "text_cache", *FILES):
         if getattr(args, flag) == "":  # an unset variable of a script: no reason to do something else silently
             raise UserError(f"--{flag} is empty; give a name, or leave the flag out")
@@ -503,7 +432,9 @@ def _low_memory(args: argparse.Namespace, checkpoint: "Checkpoint", options: dic
     dtype = getattr(mx, args.dtype) if args.dtype else backend.default_dtype()
     size = options["width"], options["height"], options["num_frames"]
     pictures = sum(options.get(name) is not None for name in ("image", "last_image"))
-    setting = Setting(*size, dtype, pictures, keep_both_experts=args.keep_both_experts)
+    begins = args.overlap if args.extend else 1
+    both = args.keep_both_experts
+    setting = Setting(*size, dtype, max(pictures, bool(args.extend)), keep_both_experts=both, begins=begins)
     memory = sys.maxsize if args.ignore_plan else backend.usable_memory()
     return choose(Dimensions.of_checkpoint(checkpoint), setting, backend.device_name(), memory).low_memory
 

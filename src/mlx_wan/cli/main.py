@@ -63,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     report.use_json("--progress=json" in arguments or ("--progress", "json") in itertools.pairwise(arguments))
+    if report.is_json():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # stderr is for objects
     try:
         with _terminate_cleanly():
             return _run(arguments)

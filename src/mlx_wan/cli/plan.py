@@ -5,7 +5,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from mlx_wan import backend
-from mlx_wan.cli.generate import DTYPE_BYTES, TASKS, parse_size
+from mlx_wan.cli.flags import DTYPE_BYTES, TASKS
+from mlx_wan.cli.generate import parse_size
 from mlx_wan.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--size", metavar="W*H", help="width*height in pixels (default: the model's own)")
     parser.add_argument("--frame_num", "--num_frames", type=int, metavar="N", help="number of frames, 4n+1")
     parser.add_argument("--with_image", action="store_true", help="a first frame is given (TI2V; I2V has one always)")
+    parser.add_argument("--overlap", type=int, metavar="N", help="as of a video that goes on (generate --extend)")
     parser.add_argument("--dtype", choices=tuple(DTYPE_BYTES), help="of weights and products (default: by device)")
     parser.add_argument(
         "-q", "--bits", type=int, metavar="BITS", help="as if `mlx-wan convert -q` had packed the model"
@@ -88,5 +90,11 @@ def _setting(args: argparse.Namespace, model: "Dimensions") -> "Setting":
     pictures = {"t2v": 0, "ti2v": int(args.with_image), "i2v": 1, "flf2v": 2}[spec.task]
     if args.with_image and spec.task == "t2v":
         raise UserError(f"{spec.name} takes no picture: leave --with_image out")
+    if args.overlap is not None:
+        from mlx_wan import extend
+
+        extend.check(spec, frames, args.overlap, last=False)
+        pictures = 1
     dtype = getattr(mx, args.dtype) if args.dtype else backend.default_dtype()
-    return Setting(width, height, frames, dtype, pictures, keep_both_experts=args.keep_both_experts)
+    both, begins = args.keep_both_experts, args.overlap or 1
+    return Setting(width, height, frames, dtype, pictures, keep_both_experts=both, begins=begins)

@@ -57,4 +57,4 @@ class Previews:
             texts[recipe.preview_prompts[i]],
             texts[spec.negative_prompt],
         )
-        return list(steps)[-1]
+        return list(steps)[-1].latents

@@ -19,13 +19,14 @@ class Progress:
     Args:
         steps: how many denoising steps there will be.
         pieces: how many pieces of video the decoder will hand out.
+        done: how many steps an earlier run has done.
 
     `seconds` maps each stage, in order, to the time it took.
     """
 
-    def __init__(self, steps: int, pieces: int) -> None:
+    def __init__(self, steps: int, pieces: int, done: int = 0) -> None:
         self.seconds: dict[str, float] = {}
-        self._steps, self._pieces = steps, pieces
+        self._steps, self._pieces, self._before = steps - done, pieces, done
         self._steps_done = self._pieces_done = 0
         self._first_step_end = 0.0
         self._step_seconds: float | None = None
@@ -37,7 +38,8 @@ class Progress:
 
     def __enter__(self) -> "Progress":
         self._bar = tqdm(
-            total=self._steps + PIECE_COST * self._pieces,
+            total=self._before + self._steps + PIECE_COST * self._pieces,
+            initial=self._before,
             bar_format="{desc:<8}{percentage:3.0f}%|{bar}| {elapsed}{postfix}",
             mininterval=0.1 if self._interactive else 10,
             dynamic_ncols=True,
@@ -130,7 +132,8 @@ class JsonProgress(Progress):
     def _advance(self, units: float) -> None:
         self._last_event = time.perf_counter()
         left = self.time_left()
-        done = {"step": self._steps_done, "steps": self._steps, "piece": self._pieces_done, "pieces": self._pieces}
+        steps = {"step": self._before + self._steps_done, "steps": self._before + self._steps}
+        done = {**steps, "piece": self._pieces_done, "pieces": self._pieces}
         event("progress", **done, seconds_left=None if left is None else round(left, 1))
 
 

@@ -41,6 +41,11 @@ class Crew:
     guard: "Guard | None" = None
 
     @property
+    def size(self) -> int:
+        """How many there are."""
+        return 1 if self.world is None else self.world.size()
+
+    @property
     def is_first(self) -> bool:
         """Whether this process writes and prints."""
         return self.parallel.is_first

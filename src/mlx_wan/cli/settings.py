@@ -25,8 +25,11 @@ FLAGS: dict[str, tuple[str, type | tuple[type, ...]]] = {
     "seed": ("base_seed", int),
     "fps": ("fps", NUMBER),
     "dtype": ("dtype", str),
+    "extend": ("extend", int),
+    "overlap": ("overlap", int),
 }
-FILES = {"image": "image", "last_image": "last_frame"}  # pictures: in the video by name and fingerprint
+# Pictures, and a video that goes on: in the video by name and fingerprint.
+FILES = {"image": "image", "last_image": "last_frame", "video": "extend_from"}
 PARTS = (
     "transformer",
     "transformer_2",
@@ -71,15 +74,17 @@ def facts(args: argparse.Namespace, checkpoint: "Checkpoint", options: dict[str,
     }
 
 
-def fill(args: argparse.Namespace) -> None:
+def fill(args: argparse.Namespace, recorded: dict[str, Any] | None = None) -> None:
     """Gives every flag that was not typed the value of the video named by --from, which is kept in `args.recorded`.
+
+    recorded: the settings, if they were read before.
 
     Raises UserError if the file carries no settings, or names files that are not at hand.
     """
     from mlx_wan.outputs import read_settings
 
     video = Path(args.replay)
-    recorded = read_settings(video)
+    recorded = read_settings(video) if recorded is None else recorded
     if recorded is None or "prompt" not in recorded:
         raise UserError(f"{video}: carries no settings of mlx-wan; give --prompt and the rest yourself")
     args.recorded = recorded
@@ -96,7 +101,7 @@ def fill(args: argparse.Namespace) -> None:
             setattr(args, flag, tuple(value) if isinstance(value, list) else value)
     if isinstance(args.base_seed, int):
         args.base_seed = [args.base_seed]
-    _fill_files(args, video, recorded)
+    _fill_files(args, recorded)
     if args.ckpt_dir is None and not any(getattr(args, part) for part in PARTS):
         _fill_model(args, video, recorded)
     if args.size is None and _same_pictures(args, recorded):
@@ -115,12 +120,12 @@ def _fill_model(args: argparse.Namespace, video: Path, recorded: dict[str, Any])
     parts = recorded.get("parts", {})
     for part in PARTS:
         if part in parts:
-            setattr(args, part, str(_at_hand(video, parts[part], part)))
+            setattr(args, part, str(_at_hand(args, parts[part], part)))
     source = recorded.get("ckpt_dir")
     if source is None and not parts:
         raise UserError(f"{video}: was made by the model {recorded.get('model')}; say where it is with --ckpt_dir")
     if source is not None and source != "tiny":
-        args.ckpt_dir = source if "/" in source else str(_at_hand(video, source, "ckpt_dir"))
+        args.ckpt_dir = source if "/" in source else str(_at_hand(args, source, "ckpt_dir"))
 
 
 def compare(args: argparse.Namespace, checkpoint: "Checkpoint") -> None:
@@ -131,9 +136,9 @@ def compare(args: argparse.Namespace, checkpoint: "Checkpoint") -> None:
     if recorded is None:
         return
     before, now = _prints(recorded).get("model"), model_fingerprint(checkpoint)
-    if before != now:
+    if before != now and not args.resume:  # a run that goes on is refused
         note(f"{args.replay} was made by another model ({before}, this is {now}): the frames will differ")
-    for flag, name, before, now in _changed_files(args, recorded):
+    for flag, name, before, now in _changed_files(args, recorded) if not args.resume else ():
         note(f"--{flag} {name}: is another file than {args.replay} was made with ({before}, this is {now})")
     old = {name: recorded.get(name) for name in ("mlx", "device")}
     new = {"mlx": backend.version("mlx"), "device": backend.device_name()}
@@ -142,22 +147,23 @@ def compare(args: argparse.Namespace, checkpoint: "Checkpoint") -> None:
         note(f"{args.replay} was made by {words.format(**old)}, this is {words.format(**new)}: digits may differ")
 
 
-def _fill_files(args: argparse.Namespace, video: Path, recorded: dict[str, Any]) -> None:
+def _fill_files(args: argparse.Namespace, recorded: dict[str, Any]) -> None:
     for name, flag in FILES.items():
         if getattr(args, flag) is None and name in recorded:
-            setattr(args, flag, str(_at_hand(video, recorded[name], flag)))
+            setattr(args, flag, str(_at_hand(args, recorded[name], flag)))
     if recorded.get("loras") and not parse_loras(args):
         for lora in recorded["loras"]:
             flag = f"lora_{lora['expert']}" if "expert" in lora else "lora"
-            file = _at_hand(video, lora["file"], flag)
+            file = _at_hand(args, lora["file"], flag)
             setattr(args, flag, [*getattr(args, flag), [str(file), str(lora["scale"])]])
         args.fuse = args.fuse or bool(recorded.get("fuse"))
 
 
-def _at_hand(video: Path, name: str, flag: str) -> Path:
-    """The file of that name in this folder or beside the video."""
-    for folder in (Path(), video.parent):
-        if (file := folder / Path(name).name).exists():
+def _at_hand(args: argparse.Namespace, name: str, flag: str) -> Path:
+    """The file of that name where it was when the run began, in this folder, or beside the video."""
+    video, before = Path(args.replay), args.places.get(f"{flag} {name}")
+    for file in (*([Path(before)] if before else []), *(folder / Path(name).name for folder in (Path(), video.parent))):
+        if file.exists():
             return file
     raise UserError(f"{video}: was made with {name}, which is not here; say where it is with --{flag}")
 

@@ -178,6 +178,7 @@ class _Playback:
         self.buffer: dict[str, _Buffer] = {}
         self.now = 0  # dispatches handed out; on CUDA graphs
         self.done = -RUN_AHEAD[device]  # of them, at least
+        self.waited = 0  # where somebody waited last
         self.in_graph = self.elements_read = 0  # of the graph being filled: its operations, and what they read
         self.held = self.peak = 0
         self.leaving: list[tuple[int, int]] = []  # (dispatch after which they go, bytes)
@@ -204,9 +205,12 @@ class _Playback:
 
     def _step(self, operation: Operation) -> None:
         name = operation.name
-        if name == "Depends":  # somebody waits here: `layers.finish`
+        if (
+            name == "Depends"
+        ):  # somebody waits here: for this (`layers.finish`), or for the part before it (`layers.Pace`)
             self._hand_out()
-            self.done = self.now
+            self.done = max(self.done, self.now if operation.inputs[0] == operation.inputs[1] else self.waited)
+            self.waited = self.now
         self._let_go()
         shadows = [self.shadow[given] for given in operation.inputs]
         views = _views(operation, shadows, [self.graph.shapes[out] for out in operation.outputs])

@@ -83,6 +83,7 @@ class Setting:
     pictures: int = 0
     tokens: int | None = None
     keep_both_experts: bool = False
+    begins: int = 1  # frames that are given at the beginning, of a video that goes on
 
 
 @dataclass(frozen=True)
@@ -278,7 +279,7 @@ def _work(
         _text_work(model.text_encoder, min(setting.tokens or text_len, text_len), how, dtype, device, room["text"]),
     )
     if setting.pictures:
-        frames = 1 if model.spec.task == "ti2v" else setting.num_frames
+        frames = setting.begins if model.spec.task == "ti2v" else setting.num_frames
         yield "image", _image_work(model.vae, size, frames, dtype, device, room["image"])
         if model.image_encoder is not None:
             yield "tokens", _tokens_work(model.image_encoder, setting.pictures, dtype, device, room["tokens"])
@@ -299,7 +300,8 @@ def _latents(vae: VAEConfig | VAE21Config, setting: Setting) -> mx.array:
 def _text_work(
     config: TextEncoderConfig, tokens: int, how: Quantization | None, dtype: mx.Dtype, device: str, room: float
 ) -> int:
-    module = UMT5Encoder(config).eval()  # whole: every layer has a table of positions from the start
+    config = replace(config, num_layers=min(config.num_layers, LAYERS))
+    module = UMT5Encoder(config).eval()
     return _module_peak(
         module, _parameters(module, "text_encoder", how, dtype), [mx.zeros((1, tokens), mx.int32)], device, room
     )
@@ -309,7 +311,7 @@ def _text_work(
 def _image_work(
     vae: VAEConfig | VAE21Config, size: tuple[int, int], frames: int, dtype: mx.Dtype, device: str, room: float
 ) -> int:
-    """A TI2V model encodes one frame, others a video of the pictures and grey frames."""
+    """A TI2V model encodes the frames that are given, others a video of the pictures and grey frames."""
     width, height = size
     rest = vae.stride[0]
     pieces = [mx.zeros((1, n, height, width, 3)) for n in (1, *[rest] * min((frames - 1) // rest, 2))]
@@ -334,9 +336,10 @@ def _denoise_work(model: Dimensions, setting: Setting, device: str, room: float)
     inputs = [mx.zeros((*latents.shape[:-1], config.in_dim)), times, context]
     if model.image_encoder is not None:
         inputs.append(mx.zeros((1, setting.pictures * model.image_encoder.num_tokens, config.image_dim), setting.dtype))
-    module = WanTransformer(config, setting.dtype)
+    module = WanTransformer(config, setting.dtype).eval()
     named = _parameters(module, "transformer", model.quantization, setting.dtype)
-    held = LATENTS_HELD * latents.nbytes + 2 * known.nbytes + 2 * context.nbytes
+    texts = 2 * 2 * model.transformer.num_layers * config.text_len * config.dim * setting.dtype.size  # keys, values
+    held = LATENTS_HELD * latents.nbytes + 2 * known.nbytes + 2 * context.nbytes + texts
     return held + _module_peak(module, named, inputs, device, room - held)
 
 

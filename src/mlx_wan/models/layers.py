@@ -4,7 +4,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 from functools import lru_cache
-from typing import cast
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -102,10 +102,28 @@ def traced_for() -> str | None:
     return _traced_for
 
 
-def stand_in(shape: tuple[int, ...], first: mx.array, *others: mx.array) -> mx.array:
-    """For tracing: an array of `shape` by one operation that reads all of these, `first` at least that large."""
-    size = math.prod(shape) - len(others)
-    return mx.concatenate([first.reshape(-1)[:size], *(other.reshape(-1)[:1] for other in others)]).reshape(shape)
+def stand_in(shape: tuple[int, ...], dtype: mx.Dtype, *inputs: mx.array) -> mx.array:
+    """For tracing: an array that one operation makes when all inputs are there. Its values mean nothing."""
+    nothing = sum((x.reshape(-1)[:1].astype(mx.int32) for x in inputs), mx.zeros((1,), mx.int32))
+    return mx.zeros((1,), dtype)[mx.broadcast_to(nothing, shape)]
+
+
+@lru_cache
+def cuda_kernel(
+    name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], source: str, header: str = ""
+) -> Callable[..., list[mx.array]]:
+    """`mx.fast.cuda_kernel`; while a graph is traced, what stands for it."""
+    made: list[Any] = []
+
+    def call(**given: Any) -> list[mx.array]:
+        if is_traced():
+            results = zip(given["output_shapes"], given["output_dtypes"], strict=True)
+            return [stand_in(shape, dtype, *given["inputs"]) for shape, dtype in results]
+        if not made:
+            made.append(mx.fast.cuda_kernel(name, list(inputs), list(outputs), source, header))
+        return made[0](**given)
+
+    return call
 
 
 def backend() -> str:
@@ -128,9 +146,35 @@ def finish(x: mx.array, *others: mx.array) -> mx.array:
     return cast(mx.array, _forms["finish"](x, *others))
 
 
+def is_traced() -> bool:
+    """Whether a graph is being traced that must be written in MLX's own operations."""
+    return _traced_for is not None
+
+
 def copied(x: mx.array) -> mx.array:
     """`x` in a buffer of its own: a view would hold the whole array it is cut from."""
     return cast(mx.array, _forms["copy"](x))
+
+
+class Pace:
+    """Lets MLX work ahead by one part of a computation, and no more: memory is handed out before the work is done.
+
+    Called with what each part ends in; what it returns is to be used in its place. Without it a GPU has the arrays of
+    many parts at once; waiting for each part instead leaves the GPU idle in between.
+    """
+
+    def __init__(self) -> None:
+        self._last: mx.array | None = None
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if is_traced():
+            x = mx.depends([x], [x if self._last is None else self._last])[0]
+        else:
+            mx.async_eval(x)
+            if self._last is not None:
+                mx.eval(self._last)
+        self._last = x
+        return x
 
 
 def _on_cpu(x: mx.array) -> bool:
@@ -202,6 +246,35 @@ def _is_fused_where_traced_for(q: mx.array, head_dim: int) -> bool:
     return traced_for() == "Metal" or (traced_for() == "CUDA" and half and head_dim <= 128 and head_dim % 8 == 0)
 
 
+TILE = 128  # queries or keys that a block of CUDA's fused backward pass takes
+
+
+def _fused_backward(q: mx.array) -> bool:
+    """Whether MLX differentiates attention with cuDNN's kernel, which keeps no scores."""
+    return q.dtype != mx.float32 and q.shape[-1] <= 128 and mx.default_device() == mx.gpu and mx.cuda.is_available()
+
+
+def _whole_tiles(x: mx.array) -> mx.array:
+    return mx.pad(x, [(0, 0), (0, 0), (0, -x.shape[2] % TILE), (0, 0)])
+
+
+def _attention_in_tiles(q: mx.array, k: mx.array, v: mx.array, scale: float, rows: bool) -> mx.array:
+    """Attention over keys, and if `rows` queries too, that are filled up to whole tiles; q, k, v (B, heads, L, D).
+
+    MLX 0.32.4 takes the fused backward pass if the queries are whole tiles. It reads beyond its arrays, and the
+    process is lost, if the keys then are not.
+    """
+    length, keys = q.shape[2], k.shape[2]
+    mask = None
+    if keys % TILE:
+        k, v = _whole_tiles(k), _whole_tiles(v)
+        mask = mx.where(mx.arange(k.shape[2]) < keys, 0.0, mx.finfo(q.dtype).min / 2).astype(q.dtype)
+        mask = mask[None, None, None]
+    if rows:
+        q = _whole_tiles(q)
+    return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)[:, :, :length]
+
+
 def attend(
     q: mx.array,
     k: mx.array,
@@ -217,16 +290,19 @@ def attend(
         q: (B, Lq, num_heads * head_dim)
         k, v: (B, Lk, num_heads * head_dim)
         mask: additive, broadcastable to (B, num_heads, Lq, Lk), in q's dtype.
-        in_pieces: for training: the backward pass takes less memory and makes the scores again. Not with a mask.
+        in_pieces: for training: the backward pass keeps no scores and makes them again, for some rows at a time or,
+            on CUDA below float32, in MLX's fused kernel. Not with a mask.
 
     Returns:
         (B, Lq, num_heads * head_dim) in q's dtype.
     """
     batch, length, width = q.shape
     if _is_fused_where_traced_for(q, width // num_heads):
-        return stand_in(q.shape, q, k, v)
+        return stand_in(q.shape, q.dtype, q, k, v)
     q, k, v = (a.reshape(batch, a.shape[1], num_heads, -1).transpose(0, 2, 1, 3) for a in (q, k, v))
-    if in_pieces:
+    if mask is None and _fused_backward(q) and (in_pieces or length % TILE == 0):
+        out = _attention_in_tiles(q, k, v, scale, rows=in_pieces)
+    elif in_pieces:
         out = _attention_in_pieces(scale)(q, k, v)
     else:
         out = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)

@@ -5,19 +5,13 @@ from functools import partial
 import mlx.core as mx
 import mlx.nn as nn
 
-from .layers import traced_for
+from .layers import backend, traced_for
 
 # Up to this many rows the matrix is multiplied as it is packed; above, it is unpacked once a call.
 # CPU: measured, docs/benchmarks.md. CUDA: measured at 16 rows (packed is twice as fast) and at 512 (unpacked is 1.8
 # times), not between. Metal: not measured.
 FEW_ROWS = {"CPU": 4, "CUDA": 128, "Metal": 512}
 MAX_ROWS = 32768  # of one product with a packed matrix, or an unpacked one: beyond, MLX has returned wrong values
-
-
-def _backend() -> str:
-    if mx.default_device() != mx.Device(mx.gpu):
-        return "CPU"
-    return "Metal" if mx.metal.is_available() else "CUDA"
 
 
 def _product(matrix: mx.array, rows: mx.array) -> mx.array:
@@ -30,7 +24,7 @@ class PackedLinear(nn.QuantizedLinear):
     def __call__(self, x: mx.array) -> mx.array:
         """(..., in) -> (..., out), in x's dtype or the bias's, whichever is larger."""
         rows = x.reshape(-1, x.shape[-1])
-        few = rows.shape[0] <= FEW_ROWS[_backend()]
+        few = rows.shape[0] <= FEW_ROWS[backend()]
         multiply = self._packed if few else partial(_product, self._unpacked(x.dtype).T)
         pieces = [multiply(rows[i : i + MAX_ROWS]) for i in range(0, rows.shape[0], MAX_ROWS)]
         y = (pieces[0] if len(pieces) == 1 else mx.concatenate(pieces)).reshape(*x.shape[:-1], -1).astype(x.dtype)

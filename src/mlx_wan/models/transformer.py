@@ -15,7 +15,8 @@ import mlx.nn as nn
 import numpy as np
 from mlx.nn.utils import checkpoint
 
-from .layers import GELU, SiLU, attend, run_layers
+from . import fused
+from .layers import GELU, Pace, SiLU, attend, run_layers
 from .share import ALL, Share, everything
 
 # Parameters that stay float32 whatever the compute dtype: fragments of their names.
@@ -69,8 +70,12 @@ def timestep_embedding(timesteps: mx.array, dim: int) -> mx.array:
     return mx.concatenate([mx.cos(angle), mx.sin(angle)], axis=-1)
 
 
-@lru_cache(maxsize=8)
-def _rope_table(grid: tuple[int, int, int], head_dim: int) -> tuple[np.ndarray, np.ndarray]:
+@lru_cache(maxsize=2)
+def rope_table(grid: tuple[int, int, int], head_dim: int) -> tuple[mx.array, mx.array]:
+    """Cosines and sines, each (t*h*w, 1, head_dim / 2), of the rotary embedding of a (t, h, w) grid of tokens.
+
+    Computed in float64, kept in float32, and here: a run asks for the same table at every call.
+    """
     # Each half-dimension of a head turns with one coordinate: time takes what height and width, a third each, leave.
     third = 2 * (head_dim // 6)
     angles = []
@@ -80,40 +85,7 @@ def _rope_table(grid: tuple[int, int, int], head_dim: int) -> tuple[np.ndarray, 
         shape[axis] = size
         angles.append(np.broadcast_to(np.outer(np.arange(size), frequency).reshape(shape), (*grid, width // 2)))
     angle = np.concatenate(angles, axis=-1).reshape(-1, 1, head_dim // 2)
-    return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
-
-
-def rope_table(grid: tuple[int, int, int], head_dim: int) -> tuple[mx.array, mx.array]:
-    """Cosines and sines, each (t*h*w, 1, head_dim / 2), of the rotary embedding of a (t, h, w) grid of tokens.
-
-    Computed in float64, kept in float32.
-    """
-    cos, sin = _rope_table(grid, head_dim)
-    return mx.array(cos), mx.array(sin)
-
-
-def rotate(x: mx.array, cos: mx.array, sin: mx.array, num_heads: int) -> mx.array:
-    """Rotates neighbouring pairs of x (B, L, num_heads * head_dim) by the tables of `rope_table`."""
-    pairs = x.reshape(*x.shape[:2], num_heads, -1, 2)
-    even, odd = pairs[..., 0], pairs[..., 1]
-    return mx.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(x.shape)
-
-
-def modulate(x: mx.array, shift: mx.array, scale: mx.array, eps: float) -> mx.array:
-    """Layer norm without weights, then a scale and shift that are shared by groups of neighbouring tokens.
-
-    x: (B, L, C); shift, scale: (B, G, C), where G divides L: 1 for one timestep a sample, t for one a latent
-    frame, L for one a token.
-    """
-    x = mx.fast.layer_norm(x, None, None, eps)
-    grouped = x.reshape(x.shape[0], shift.shape[1], -1, x.shape[-1])
-    return (grouped * (1 + scale[:, :, None]) + shift[:, :, None]).reshape(x.shape)
-
-
-def gated_add(x: mx.array, y: mx.array, gate: mx.array) -> mx.array:
-    """x + y * gate with a gate (B, G, C) shared as in `modulate`; float32."""
-    grouped = y.astype(mx.float32).reshape(x.shape[0], gate.shape[1], -1, x.shape[-1])
-    return x + (grouped * gate[:, :, None]).reshape(x.shape)
+    return mx.array(np.cos(angle).astype(np.float32)), mx.array(np.sin(angle).astype(np.float32))
 
 
 class Attention(nn.Module):
@@ -138,17 +110,48 @@ class Attention(nn.Module):
     def __call__(
         self,
         x: mx.array,
-        context: mx.array,
+        context: "mx.array | Text",
         rope: tuple[mx.array, mx.array] | None = None,
         share: Share = ALL,
     ) -> mx.array:
         # x: (B, L, C), context: (B, Lk, C), both in self.dtype; share: of whose tokens `context` is one
-        q = self.norm_q(self.q(x).astype(mx.float32))
-        k = self.norm_k(self.k(context).astype(mx.float32))
-        if rope is not None:
-            q, k = rotate(q, *rope, self.num_heads), rotate(k, *rope, self.num_heads)
-        k, v = share.gather(k.astype(self.dtype), self.v(context))
-        return self.o(attend(q.astype(self.dtype), k, v, self.num_heads, self.scale, in_pieces=self.in_pieces))
+        q = self.normed(self.norm_q, self.q(x), rope)
+        k, v = share.gather(*self.keys_and_values(context, rope))
+        return self.o(attend(q, k, v, self.num_heads, self.scale, in_pieces=self.in_pieces))
+
+    def keys_and_values(
+        self, context: "mx.array | Text", rope: tuple[mx.array, mx.array] | None = None
+    ) -> tuple[mx.array, mx.array]:
+        """Of tokens (B, Lk, C); of a text that is kept, made once."""
+        if isinstance(context, Text):
+            return context.keys_and_values(self)
+        return self.normed(self.norm_k, self.k(context), rope), self.v(context)
+
+    def normed(
+        self, norm: nn.RMSNorm | nn.Identity, x: mx.array, rope: tuple[mx.array, mx.array] | None = None
+    ) -> mx.array:
+        """Queries or keys (B, L, C), normalised if the model does that, and turned, in self.dtype."""
+        if isinstance(norm, nn.RMSNorm):
+            return fused.rms_norm(x, norm.weight, norm.eps, self.dtype, self.num_heads, rope)
+        x = x.astype(mx.float32)
+        return (x if rope is None else fused.rotate(x, *rope, self.num_heads)).astype(self.dtype)
+
+
+class Text:
+    """A text as a transformer reads it, for several calls: each block's keys and values are made in the first.
+
+    They hold for the weights they were made with: `WanTransformer.read` again when those change.
+    """
+
+    def __init__(self, tokens: mx.array):
+        self.tokens = tokens  # (B, n, C), in the transformer's dtype
+        self._made: dict[int, tuple[mx.array, mx.array]] = {}
+
+    def keys_and_values(self, attention: Attention) -> tuple[mx.array, mx.array]:
+        """Those of one block, (B, n, C) each."""
+        if id(attention) not in self._made:
+            self._made[id(attention)] = attention.keys_and_values(self.tokens)
+        return self._made[id(attention)]
 
 
 class ImageCrossAttention(Attention):
@@ -160,13 +163,13 @@ class ImageCrossAttention(Attention):
         self.v_img = nn.Linear(config.dim, config.dim)
         self.norm_k_img = nn.RMSNorm(config.dim, config.eps) if config.qk_norm else nn.Identity()
 
-    def attend_image(self, x: mx.array, context: mx.array, image: mx.array) -> mx.array:
+    def attend_image(self, x: mx.array, context: mx.array | Text, image: mx.array) -> mx.array:
         """x: (B, L, C), context: (B, n, C), image: (B, m, C), all in self.dtype."""
-        q = self.norm_q(self.q(x).astype(mx.float32)).astype(self.dtype)
-        k = self.norm_k(self.k(context).astype(mx.float32)).astype(self.dtype)
-        k_img = self.norm_k_img(self.k_img(image).astype(mx.float32)).astype(self.dtype)
-        text = attend(q, k, self.v(context), self.num_heads, self.scale)
-        return self.o(text + attend(q, k_img, self.v_img(image), self.num_heads, self.scale))
+        q, (k, v) = self.normed(self.norm_q, self.q(x)), self.keys_and_values(context)
+        k_img = self.normed(self.norm_k_img, self.k_img(image))
+        text = attend(q, k, v, self.num_heads, self.scale, in_pieces=self.in_pieces)
+        image = attend(q, k_img, self.v_img(image), self.num_heads, self.scale, in_pieces=self.in_pieces)
+        return self.o(text + image)
 
 
 class ImageEmbedding(nn.Module):
@@ -202,32 +205,42 @@ class Block(nn.Module):
         self.cross_attn = ImageCrossAttention(config, dtype) if config.image_dim else Attention(config, dtype)
         self.ffn = [
             nn.Linear(config.dim, config.ffn_dim),
-            GELU(),
+            fused.GELU(),
             nn.Linear(config.ffn_dim, config.dim),
         ]
 
     def __call__(
         self,
         x: mx.array,
-        context: mx.array,
+        context: mx.array | Text,
         time: mx.array,
         rope: tuple[mx.array, mx.array],
         image: mx.array | None = None,
         share: Share = ALL,
+        pace: Pace | None = None,
     ) -> mx.array:
         # x: (B, L, C) float32, of L tokens in the share; context: (B, n, C), image: (B, m, C) dtype;
         # time: (B, G, 6, C) float32
         shift1, scale1, gate1, shift2, scale2, gate2 = ((self.modulation[:, None] + time)[:, :, i] for i in range(6))
-        y = modulate(x, shift1, scale1, self.eps).astype(self.dtype)
-        x = gated_add(x, self.self_attn(y, y, rope, share), gate1)
-        y = self.norm3(x).astype(self.dtype)
+        y = fused.norm(x, 1 + scale1, shift1, self.eps, self.dtype)
+        y = self.self_attn(y, y, rope, share)
+        if isinstance(self.norm3, nn.LayerNorm):
+            weights = self.norm3.weight[None, None], self.norm3.bias[None, None]
+            x, y = fused.add_norm(x, y, gate1, *weights, self.eps, self.dtype)
+        else:
+            x = fused.add(x, y, gate1)
+            y = x.astype(self.dtype)
+        if pace is not None:
+            y = pace(y)
         if image is not None and isinstance(self.cross_attn, ImageCrossAttention):
             y = self.cross_attn.attend_image(y, context, image)
         else:
             y = self.cross_attn(y, context)
-        x = x + y.astype(mx.float32)
-        y = modulate(x, shift2, scale2, self.eps).astype(self.dtype)
-        return gated_add(x, run_layers(self.ffn, y), gate2)
+        x, y = fused.add_norm(x, y, None, 1 + scale2, shift2, self.eps, self.dtype)
+        x = fused.add(x, run_layers(self.ffn, y), gate2)
+        if pace is not None:
+            x = pace(x)
+        return x
 
 
 class Head(nn.Module):
@@ -242,7 +255,7 @@ class Head(nn.Module):
     def __call__(self, x: mx.array, time: mx.array) -> mx.array:
         # x: (B, L, C); time: (B, G, C)
         shift, scale = self.modulation[:, :1] + time, self.modulation[:, 1:] + time
-        return self.head(modulate(x, shift, scale, self.eps))
+        return self.head(fused.norm(x, 1 + scale, shift, self.eps, mx.float32))
 
 
 class PatchEmbedding(nn.Module):
@@ -278,6 +291,9 @@ def unpatchify(x: mx.array, grid: tuple[int, int, int], patch: tuple[int, int, i
 class WanTransformer(nn.Module):
     """Predicts the velocity ε − x0 of flow matching from noisy latents.
 
+    After `eval()`, which the pipeline calls, MLX works ahead by half a block and no more, so that the arrays of one
+    block are in memory at a time; `mx.grad` and `mx.compile` want a model in training, as it is made.
+
     Args:
         config: dimensions.
         dtype: what attention and feed-forward matmuls compute in; their weights should have it too.
@@ -306,13 +322,14 @@ class WanTransformer(nn.Module):
             self.img_emb = ImageEmbedding(config)
 
     def __call__(
-        self, latents: mx.array, timesteps: mx.array, context: mx.array, image: mx.array | None = None
+        self, latents: mx.array, timesteps: mx.array, context: mx.array | Text, image: mx.array | None = None
     ) -> mx.array:
         """
         Args:
             latents: (B, t, h, w, in_dim); h and w divisible by the patch.
             timesteps: 0 (clean) to 1000 (noise): (B,), (B, t) one a latent frame, or (B, tokens).
-            context: (B, n, text_dim) text embeddings; the reference pads n with zeros to `text_len`.
+            context: (B, n, text_dim) text embeddings; the reference pads n with zeros to `text_len`. Or what `read`
+                made of them.
             image: (B, m, image_dim) image embeddings, for models that take them and only those.
 
         Returns:
@@ -322,8 +339,10 @@ class WanTransformer(nn.Module):
         """
         config = self.config
         grid = self.token_grid(latents.shape)
-        if context.ndim != 3 or (context.shape[0], context.shape[2]) != (latents.shape[0], config.text_dim):
-            raise ValueError(f"context {context.shape} must be ({latents.shape[0]}, tokens, {config.text_dim})")
+        given = context.tokens if isinstance(context, Text) else context
+        width = config.dim if isinstance(context, Text) else config.text_dim
+        if given.ndim != 3 or (given.shape[0], given.shape[2]) != (latents.shape[0], width):
+            raise ValueError(f"context {given.shape} must be ({latents.shape[0]}, tokens, {width})")
         if (image is None) != (config.image_dim == 0):
             raise ValueError(f"image embeddings {'are needed' if image is None else 'have no place in this model'}")
         if image is not None:
@@ -333,16 +352,22 @@ class WanTransformer(nn.Module):
         time, modulation = self.embed_time(timesteps, grid)
         if time.shape[1] == math.prod(grid):
             time, modulation = share.take(time), share.take(modulation)
-        context = run_layers(self.text_embedding, context.astype(self.dtype))
+        if not isinstance(context, Text):
+            context = self.embed_text(context)
         cos, sin = (share.take(table[None])[0] for table in rope_table(grid, config.dim // config.num_heads))
+        pace = None if self.training else Pace()
         for block in self.blocks:
             run = checkpoint(block) if self.checkpointing else block
-            x = run(x, context, modulation, (cos, sin), image, share)
+            x = run(x, context, modulation, (cos, sin), image, share, pace)
         return unpatchify(share.join(self.head(x, time)), grid, config.patch_size)
 
     def save_memory(self, on: bool) -> None:
         """For training: every block, and within it the scores of attention, is computed again instead of kept."""
         self.checkpointing = on
+        self.attend_in_pieces(on)
+
+    def attend_in_pieces(self, on: bool) -> None:
+        """For training: the gradient of attention makes its scores again, see `attend`."""
         for block in self.blocks:
             block.self_attn.in_pieces = block.cross_attn.in_pieces = on
 
@@ -353,6 +378,14 @@ class WanTransformer(nn.Module):
         if not fits or any(size % p for size, p in zip(sizes, patch, strict=True)):
             raise ValueError(f"latents {tuple(shape)} do not fit patches of {patch} and {self.config.in_dim} channels")
         return sizes[0] // patch[0], sizes[1] // patch[1], sizes[2] // patch[2]
+
+    def read(self, context: mx.array) -> Text:
+        """Text embeddings (B, n, text_dim), for calls that will be many: what depends on them alone is made once."""
+        return Text(self.embed_text(context))
+
+    def embed_text(self, context: mx.array) -> mx.array:
+        """(B, n, text_dim) -> (B, n, dim), in self.dtype."""
+        return run_layers(self.text_embedding, context.astype(self.dtype))
 
     def embed_time(self, timesteps: mx.array, grid: tuple[int, int, int]) -> tuple[mx.array, mx.array]:
         """Time embedding (B, G, C) and modulation (B, G, 6, C), float32; G as in `modulate`."""

@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .layers import GELU, attend, finish, run_layers
+from .layers import GELU, Pace, attend, run_layers
 
 MAX_DISTANCE = 128  # tokens; further apart than this, all pairs share the last bucket
 
@@ -54,9 +54,9 @@ class RelativePositions(nn.Module):
         self.num_buckets = num_buckets
         self.embedding = nn.Embedding(num_buckets, num_heads)
 
-    def __call__(self, length: int) -> mx.array:
-        bias = self.embedding(mx.array(relative_buckets(length, self.num_buckets)))
-        return bias.transpose(2, 0, 1)[None]  # (1, heads, L, L)
+    def __call__(self, buckets: mx.array) -> mx.array:
+        # (L, L) of `relative_buckets` -> (1, heads, L, L)
+        return self.embedding(buckets).transpose(2, 0, 1)[None]
 
 
 class SelfAttention(nn.Module):
@@ -93,10 +93,12 @@ class EncoderBlock(nn.Module):
         self.ffn = GatedFeedForward(config)
         self.pos_embedding = RelativePositions(config.num_buckets, config.num_heads)
 
-    def __call__(self, x: mx.array, mask: mx.array) -> mx.array:
-        bias = self.pos_embedding(x.shape[1]).astype(x.dtype)
-        # The lowest finite value, not -inf: a row with no key at all must not become NaN.
-        bias = mx.where(mask, bias, mx.finfo(x.dtype).min)
+    def __call__(self, x: mx.array, buckets: mx.array, mask: mx.array | None = None) -> mx.array:
+        # x: (B, L, C); buckets: (L, L), the same for every block; mask: (B, 1, 1, L), true where a key is text
+        bias = self.pos_embedding(buckets).astype(x.dtype)
+        if mask is not None:
+            # The lowest finite value, not -inf: a row with no key at all must not become NaN.
+            bias = mx.where(mask, bias, mx.finfo(x.dtype).min)
         x = x + self.attn(self.norm1(x), bias)
         return x + self.ffn(self.norm2(x))
 
@@ -104,8 +106,8 @@ class EncoderBlock(nn.Module):
 class UMT5Encoder(nn.Module):
     """Text encoder; computes in the dtype of its weights.
 
-    In evaluation (`eval()`, which the pipeline calls) each block is finished before the next begins, which keeps one
-    block's arrays in memory at a time, and forbids `mx.grad` and `mx.compile` around a call.
+    In evaluation (`eval()`, which the pipeline calls) MLX works ahead by one block: that keeps memory small and
+    forbids `mx.grad` and `mx.compile` around a call.
     """
 
     def __init__(self, config: TextEncoderConfig):
@@ -124,11 +126,13 @@ class UMT5Encoder(nn.Module):
         Returns:
             (B, L, dim). Rows of padding are computed but mean nothing.
         """
-        mask = mx.ones(ids.shape, mx.bool_) if mask is None else mask != 0
-        x = self.token_embedding(ids)
+        keys = None if mask is None else (mask != 0)[:, None, None, :]
+        buckets = mx.array(relative_buckets(ids.shape[1], self.config.num_buckets))
+        x, pace = self.token_embedding(ids), None if self.training else Pace()
         for block in self.blocks:
-            x = block(x, mask[:, None, None, :])
-            x = x if self.training else finish(x)
+            x = block(x, buckets, keys)
+            if pace is not None:
+                x = pace(x)
         return self.norm(x)
 
     def init_weights(self) -> None:

@@ -5,12 +5,9 @@ takes about nine from one convolution to the next. Each kernel is the plain func
 `benchmarks/vae_speed.py` compares the two. The kernels have no gradients: training takes the plain functions.
 """
 
-from functools import lru_cache
-from typing import Any
-
 import mlx.core as mx
 
-from .layers import copied, stand_in, target, traced_for
+from .layers import cuda_kernel, target
 
 EPS = 1e-24  # the reference guards only against a length of 0, by max(length, 1e-12): eps must vanish beside all others
 VECTOR = 16  # bytes that a thread reads at a time
@@ -36,10 +33,9 @@ def norm_silu(
     vectors = c * x.dtype.size // VECTOR
     lanes = min(32, 1 << (vectors - 1).bit_length())
     before = mx.zeros((b, memory, h, w, c), x.dtype) if before is None else before
-    if traced_for():
-        padded = mx.concatenate([before, x], axis=1)
-        return padded, copied(padded[:, t:])
-    padded, kept = _norm_silu_kernel()(
+    padded, kept = cuda_kernel(
+        "wan_norm_silu", ("x", "bias", "gamma", "before"), ("padded", "kept"), _NORM_SILU_SOURCE
+    )(
         inputs=[
             x.reshape(t, h * w, c),
             mx.zeros((c,)) if bias is None else bias.astype(mx.float32),
@@ -55,78 +51,71 @@ def norm_silu(
     return padded, kept
 
 
-@lru_cache
-def _norm_silu_kernel() -> Any:
-    # LANES neighbouring threads share a pixel.
-    return mx.fast.cuda_kernel(
-        "wan_norm_silu",
-        ["x", "bias", "gamma", "before"],
-        ["padded", "kept"],
-        """
-        constexpr int VEC = 16 / sizeof(T);
-        auto group = cg::tiled_partition<LANES>(cg::this_thread_block());
-        const unsigned frames = x_shape[0], pixels = x_shape[1], C = x_shape[2], memory = before_shape[0];
-        const unsigned pixel = blockIdx.x * (blockDim.x / LANES) + threadIdx.x / LANES;  // of all frames
-        if (pixel >= (frames + memory) * pixels) return;
-        const bool old = pixel < memory * pixels;
-        const bool last = pixel >= frames * pixels;
-        const size_t row = pixel;
-        const size_t keep = last ? pixel - frames * pixels : 0;
-        alignas(16) T part[CHUNKS][VEC];
-        if (old) {
-        #pragma unroll
-          for (int i = 0; i < CHUNKS; ++i) {
-            const unsigned at = (i * LANES + group.thread_rank()) * VEC;
-            if (at < C) {
-              const uint4 raw = *reinterpret_cast<const uint4*>(before + row * C + at);
-              *reinterpret_cast<uint4*>(padded + row * C + at) = raw;
-              if (last) *reinterpret_cast<uint4*>(kept + keep * C + at) = raw;
-            }
-          }
-          return;
-        }
-        const T* source = x + (row - (size_t)memory * pixels) * C;
-        float values[CHUNKS][VEC];
-        alignas(16) float factors[VEC];  // of neighbouring channels: their biases, then gammas
-        float total = 0;
-        #pragma unroll
-        for (int i = 0; i < CHUNKS; ++i) {
-          const unsigned at = (i * LANES + group.thread_rank()) * VEC;
-          if (at < C) {
-            *reinterpret_cast<uint4*>(part[i]) = *reinterpret_cast<const uint4*>(source + at);
-        #pragma unroll
-            for (int j = 0; j < VEC; j += 4) {
-              *reinterpret_cast<float4*>(factors + j) = *reinterpret_cast<const float4*>(bias + at + j);
-            }
-        #pragma unroll
-            for (int j = 0; j < VEC; ++j) {
-              values[i][j] = static_cast<float>(part[i][j]) + factors[j];
-              total += values[i][j] * values[i][j];
-            }
-          }
-        }
-        for (int step = LANES / 2; step > 0; step /= 2) total += group.shfl_xor(total, step);
-        const float scale = rsqrtf(total / C + 1e-24f);
-        #pragma unroll
-        for (int i = 0; i < CHUNKS; ++i) {
-          const unsigned at = (i * LANES + group.thread_rank()) * VEC;
-          if (at < C) {
-        #pragma unroll
-            for (int j = 0; j < VEC; j += 4) {
-              *reinterpret_cast<float4*>(factors + j) = *reinterpret_cast<const float4*>(gamma + at + j);
-            }
-        #pragma unroll
-            for (int j = 0; j < VEC; ++j) {
-              const float y = values[i][j] * scale * factors[j];
-              part[i][j] = static_cast<T>(__fdividef(y, 1.0f + __expf(-y)));
-            }
-            const uint4 raw = *reinterpret_cast<const uint4*>(part[i]);
-            *reinterpret_cast<uint4*>(padded + row * C + at) = raw;
-            if (last) *reinterpret_cast<uint4*>(kept + keep * C + at) = raw;
-          }
-        }
-        """,
-    )
+# LANES neighbouring threads share a pixel.
+_NORM_SILU_SOURCE = """
+constexpr int VEC = 16 / sizeof(T);
+auto group = cg::tiled_partition<LANES>(cg::this_thread_block());
+const unsigned frames = x_shape[0], pixels = x_shape[1], C = x_shape[2], memory = before_shape[0];
+const unsigned pixel = blockIdx.x * (blockDim.x / LANES) + threadIdx.x / LANES;  // of all frames
+if (pixel >= (frames + memory) * pixels) return;
+const bool old = pixel < memory * pixels;
+const bool last = pixel >= frames * pixels;
+const size_t row = pixel;
+const size_t keep = last ? pixel - frames * pixels : 0;
+alignas(16) T part[CHUNKS][VEC];
+if (old) {
+#pragma unroll
+  for (int i = 0; i < CHUNKS; ++i) {
+    const unsigned at = (i * LANES + group.thread_rank()) * VEC;
+    if (at < C) {
+      const uint4 raw = *reinterpret_cast<const uint4*>(before + row * C + at);
+      *reinterpret_cast<uint4*>(padded + row * C + at) = raw;
+      if (last) *reinterpret_cast<uint4*>(kept + keep * C + at) = raw;
+    }
+  }
+  return;
+}
+const T* source = x + (row - (size_t)memory * pixels) * C;
+float values[CHUNKS][VEC];
+alignas(16) float factors[VEC];  // of neighbouring channels: their biases, then gammas
+float total = 0;
+#pragma unroll
+for (int i = 0; i < CHUNKS; ++i) {
+  const unsigned at = (i * LANES + group.thread_rank()) * VEC;
+  if (at < C) {
+    *reinterpret_cast<uint4*>(part[i]) = *reinterpret_cast<const uint4*>(source + at);
+#pragma unroll
+    for (int j = 0; j < VEC; j += 4) {
+      *reinterpret_cast<float4*>(factors + j) = *reinterpret_cast<const float4*>(bias + at + j);
+    }
+#pragma unroll
+    for (int j = 0; j < VEC; ++j) {
+      values[i][j] = static_cast<float>(part[i][j]) + factors[j];
+      total += values[i][j] * values[i][j];
+    }
+  }
+}
+for (int step = LANES / 2; step > 0; step /= 2) total += group.shfl_xor(total, step);
+const float scale = rsqrtf(total / C + 1e-24f);
+#pragma unroll
+for (int i = 0; i < CHUNKS; ++i) {
+  const unsigned at = (i * LANES + group.thread_rank()) * VEC;
+  if (at < C) {
+#pragma unroll
+    for (int j = 0; j < VEC; j += 4) {
+      *reinterpret_cast<float4*>(factors + j) = *reinterpret_cast<const float4*>(gamma + at + j);
+    }
+#pragma unroll
+    for (int j = 0; j < VEC; ++j) {
+      const float y = values[i][j] * scale * factors[j];
+      part[i][j] = static_cast<T>(__fdividef(y, 1.0f + __expf(-y)));
+    }
+    const uint4 raw = *reinterpret_cast<const uint4*>(part[i]);
+    *reinterpret_cast<uint4*>(padded + row * C + at) = raw;
+    if (last) *reinterpret_cast<uint4*>(kept + keep * C + at) = raw;
+  }
+}
+"""
 
 
 # --- a residual ----------------------------------------------------------------------------------------------
@@ -134,9 +123,7 @@ def _norm_silu_kernel() -> Any:
 
 def add(x: mx.array, y: mx.array, bias: mx.array) -> mx.array:
     """x + y + bias for x, y (1, T, H, W, C) of one type and bias (C,)."""
-    if traced_for():
-        return stand_in(x.shape, x, y)
-    (out,) = _add_kernel()(
+    (out,) = cuda_kernel("wan_add", ("x", "y", "bias"), ("out",), _ADD_SOURCE)(
         inputs=[x, y, bias],
         template=[("T", x.dtype)],
         grid=(x.size * x.dtype.size // VECTOR, 1, 1),
@@ -147,32 +134,25 @@ def add(x: mx.array, y: mx.array, bias: mx.array) -> mx.array:
     return out
 
 
-@lru_cache
-def _add_kernel() -> Any:
-    return mx.fast.cuda_kernel(
-        "wan_add",
-        ["x", "y", "bias"],
-        ["out"],
-        """
-        constexpr int VEC = 16 / sizeof(T);
-        const unsigned place = blockIdx.x * blockDim.x + threadIdx.x;
-        const unsigned C = y_shape[4];
-        const unsigned vectors = (unsigned)y_shape[1] * y_shape[2] * y_shape[3] * (C / VEC);
-        if (place >= vectors) return;
-        const size_t at = (size_t)place * VEC;
-        const unsigned channel = place % (C / VEC) * VEC;
-        alignas(16) T a[VEC];
-        alignas(16) T b[VEC];
-        *reinterpret_cast<uint4*>(a) = *reinterpret_cast<const uint4*>(x + at);
-        *reinterpret_cast<uint4*>(b) = *reinterpret_cast<const uint4*>(y + at);
-        #pragma unroll
-        for (int j = 0; j < VEC; ++j) {
-          const float sum = static_cast<float>(a[j]) + static_cast<float>(b[j]);
-          a[j] = static_cast<T>(sum + static_cast<float>(bias[channel + j]));
-        }
-        *reinterpret_cast<uint4*>(out + at) = *reinterpret_cast<const uint4*>(a);
-        """,
-    )
+_ADD_SOURCE = """
+constexpr int VEC = 16 / sizeof(T);
+const unsigned place = blockIdx.x * blockDim.x + threadIdx.x;
+const unsigned C = y_shape[4];
+const unsigned vectors = (unsigned)y_shape[1] * y_shape[2] * y_shape[3] * (C / VEC);
+if (place >= vectors) return;
+const size_t at = (size_t)place * VEC;
+const unsigned channel = place % (C / VEC) * VEC;
+alignas(16) T a[VEC];
+alignas(16) T b[VEC];
+*reinterpret_cast<uint4*>(a) = *reinterpret_cast<const uint4*>(x + at);
+*reinterpret_cast<uint4*>(b) = *reinterpret_cast<const uint4*>(y + at);
+#pragma unroll
+for (int j = 0; j < VEC; ++j) {
+  const float sum = static_cast<float>(a[j]) + static_cast<float>(b[j]);
+  a[j] = static_cast<T>(sum + static_cast<float>(bias[channel + j]));
+}
+*reinterpret_cast<uint4*>(out + at) = *reinterpret_cast<const uint4*>(a);
+"""
 
 
 # --- doubling space ------------------------------------------------------------------------------------------
@@ -186,10 +166,8 @@ def interleave(y: mx.array, bias: mx.array, shortcut: mx.array | None, factor_t:
     """
     _, t, h1, w1, c4 = y.shape
     c, h, w = c4 // 4, h1 - 1, w1 - 1
-    if traced_for():
-        return stand_in((1, t, 2 * h, 2 * w, c), y, y if shortcut is None else shortcut)
     repeats = 0 if shortcut is None else 4 * c * factor_t // shortcut.shape[-1]
-    (out,) = _interleave_kernel()(
+    (out,) = cuda_kernel("wan_interleave", ("y", "bias", "source"), ("out",), _INTERLEAVE_SOURCE)(
         inputs=[y, bias, y if shortcut is None else shortcut],
         template=[("T", y.dtype), ("REPEATS", repeats), ("FACTOR", factor_t)],
         grid=(t * 4 * h * w * c * y.dtype.size // VECTOR, 1, 1),
@@ -200,45 +178,38 @@ def interleave(y: mx.array, bias: mx.array, shortcut: mx.array | None, factor_t:
     return out
 
 
-@lru_cache
-def _interleave_kernel() -> Any:
-    return mx.fast.cuda_kernel(
-        "wan_interleave",
-        ["y", "bias", "source"],
-        ["out"],
-        """
-        constexpr int VEC = 16 / sizeof(T);
-        const unsigned frames = y_shape[1], height = y_shape[2] - 1, width = y_shape[3] - 1, C = y_shape[4] / 4;
-        const unsigned place = blockIdx.x * blockDim.x + threadIdx.x;
-        if (place >= frames * 4 * height * width * (C / VEC)) return;
-        const unsigned channel = place % (C / VEC) * VEC;
-        unsigned rest = place / (C / VEC);
-        const unsigned column = rest % (2 * width);
-        rest /= 2 * width;
-        const unsigned row = rest % (2 * height);
-        const unsigned frame = rest / (2 * height);
-        const unsigned i = row / 2, a = row % 2, j = column / 2, b = column % 2;
-        const size_t corner = ((size_t)frame * (height + 1) + i + a) * (width + 1) + j + b;
-        const T* phase = y + (corner * 4 + 2 * a + b) * C + channel;
-        alignas(16) T part[VEC];
-        *reinterpret_cast<uint4*>(part) = *reinterpret_cast<const uint4*>(phase);
-        constexpr bool SHORTCUT = REPEATS > 0;
-        const unsigned late = SHORTCUT ? frame + source_shape[1] * FACTOR - frames : 0;
-        const size_t from = late / FACTOR;
-        const unsigned sub = late % FACTOR;
-        const T* pixel = source + ((from * height + i) * width + j) * source_shape[4];
-        #pragma unroll
-        for (int k = 0; k < VEC; ++k) {
-          float value = static_cast<float>(part[k]) + static_cast<float>(bias[channel + k]);
-          if (SHORTCUT) {
-            const unsigned unfolded = ((channel + k) * FACTOR + sub) * 4 + 2 * a + b;
-            value += static_cast<float>(pixel[unfolded / (SHORTCUT ? REPEATS : 1)]);
-          }
-          part[k] = static_cast<T>(value);
-        }
-        *reinterpret_cast<uint4*>(out + (size_t)place * VEC) = *reinterpret_cast<const uint4*>(part);
-        """,
-    )
+_INTERLEAVE_SOURCE = """
+constexpr int VEC = 16 / sizeof(T);
+const unsigned frames = y_shape[1], height = y_shape[2] - 1, width = y_shape[3] - 1, C = y_shape[4] / 4;
+const unsigned place = blockIdx.x * blockDim.x + threadIdx.x;
+if (place >= frames * 4 * height * width * (C / VEC)) return;
+const unsigned channel = place % (C / VEC) * VEC;
+unsigned rest = place / (C / VEC);
+const unsigned column = rest % (2 * width);
+rest /= 2 * width;
+const unsigned row = rest % (2 * height);
+const unsigned frame = rest / (2 * height);
+const unsigned i = row / 2, a = row % 2, j = column / 2, b = column % 2;
+const size_t corner = ((size_t)frame * (height + 1) + i + a) * (width + 1) + j + b;
+const T* phase = y + (corner * 4 + 2 * a + b) * C + channel;
+alignas(16) T part[VEC];
+*reinterpret_cast<uint4*>(part) = *reinterpret_cast<const uint4*>(phase);
+constexpr bool SHORTCUT = REPEATS > 0;
+const unsigned late = SHORTCUT ? frame + source_shape[1] * FACTOR - frames : 0;
+const size_t from = late / FACTOR;
+const unsigned sub = late % FACTOR;
+const T* pixel = source + ((from * height + i) * width + j) * source_shape[4];
+#pragma unroll
+for (int k = 0; k < VEC; ++k) {
+  float value = static_cast<float>(part[k]) + static_cast<float>(bias[channel + k]);
+  if (SHORTCUT) {
+    const unsigned unfolded = ((channel + k) * FACTOR + sub) * 4 + 2 * a + b;
+    value += static_cast<float>(pixel[unfolded / (SHORTCUT ? REPEATS : 1)]);
+  }
+  part[k] = static_cast<T>(value);
+}
+*reinterpret_cast<uint4*>(out + (size_t)place * VEC) = *reinterpret_cast<const uint4*>(part);
+"""
 
 
 def phase_weights(weight: mx.array) -> mx.array:

@@ -184,7 +184,7 @@ class Guard:
         # A new line: a progress bar, or what MLX says of lost connections, may have left one unfinished. Written past
         # sys.stderr, which the main thread may be busy with, or done with.
         with contextlib.suppress(OSError):
-            os.write(2, f"\nerror: {why}; all other ranks stop, and nothing was written\n".encode())
+            os.write(2, f"\nerror: {why}; all other ranks stop, and no video was written\n".encode())
         os._exit(1)
 
     def _name(self, rank: int) -> str:

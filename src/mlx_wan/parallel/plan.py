@@ -11,7 +11,7 @@ from mlx_wan.models.umt5 import UMT5Encoder
 from mlx_wan.parallel.spread import Spread
 from mlx_wan.parallel.team import Team
 from mlx_wan.parallel.tokens import TokenShare
-from mlx_wan.sampling import one_after_the_other
+from mlx_wan.sampling import Context, one_after_the_other
 from mlx_wan.weights.checkpoint import Checkpoint
 from mlx_wan.weights.fit import fit_tensors
 from mlx_wan.weights.load import fill, load_text_encoder, load_transformer
@@ -49,7 +49,7 @@ class Parallel:
                 "--cfg_parallel, must be as many as there are"
             )
         group, member = divmod(self.rank, ulysses_size)
-        everybody = Team(world)
+        self._everybody = everybody = Team(world)
         self._tokens = Team(world, range(group * ulysses_size, (group + 1) * ulysses_size))
         self._passes = Team(world, range(member, self.size, ulysses_size))
         self._transformer = Spread(everybody) if dit_fsdp and self.size > 1 else None
@@ -59,6 +59,10 @@ class Parallel:
     def is_first(self) -> bool:
         """Whether this process decodes, writes and prints."""
         return self.rank == 0
+
+    def from_first(self, array: mx.array) -> mx.array:
+        """The array that the first process has, to the bit; the others give one of its shape and type."""
+        return self._everybody.all_gather(array)[0]
 
     @property
     def share_of_transformer(self) -> float:
@@ -71,7 +75,7 @@ class Parallel:
         return 1 if self._text_encoder is None else 1 / self.size
 
     def passes(
-        self, velocity_for: Callable[[mx.array], mx.array], context: mx.array, negative_context: mx.array
+        self, velocity_for: Callable[[Context], mx.array], context: Context, negative_context: Context
     ) -> tuple[mx.array, mx.array]:
         """The velocities for prompt and negative prompt, as `sampling.one_after_the_other`."""
         if self._passes.size == 1:

@@ -27,7 +27,7 @@ class Scheduler(Protocol):
     sigmas: np.ndarray
 
     def init(self) -> Any:
-        """State before the first step."""
+        """State before the first step: a tree of arrays, numbers and None, as every state."""
         ...
 
     def step(self, velocity: mx.array, latents: mx.array, state: Any) -> tuple[mx.array, Any]:

@@ -12,9 +12,9 @@ from mlx_wan.errors import CheckpointError, UserError
 from mlx_wan.lora.layers import PREFIX, DoRA, LoRALinear, LowRank, add_lora, linear_layers, lora_tensors
 from mlx_wan.lora.save import save_lora
 from mlx_wan.models.transformer import WanTransformer
-from mlx_wan.training.checkpoint import flat
 from mlx_wan.training.options import FinetuneRecipe
 from mlx_wan.weights.save import replacing
+from mlx_wan.weights.whole import flat
 
 ADAPTERS, CONFIG = "adapters.safetensors", "adapter_config.json"
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
@@ -69,15 +69,21 @@ def trainable_size(module: nn.Module) -> int:
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
+def adapters_name(recipe: FinetuneRecipe) -> str:
+    """The file of a run's adapters; of one of two experts it says which, as ai-toolkit's files do."""
+    return ADAPTERS if recipe.expert is None else f"adapters_{recipe.expert}_noise.safetensors"
+
+
 def save_adapters(folder: Path, transformer: WanTransformer, recipe: FinetuneRecipe, step: int) -> None:
-    """adapters.safetensors, the same under the step's number, and adapter_config.json; keeps the newest `keep`."""
+    """The adapters, the same under the step's number, and adapter_config.json; keeps the newest `keep`."""
     metadata = {"step": str(step), "model": str(recipe.model)}
-    save_lora(folder / f"{step:07d}_{ADAPTERS}", transformer, metadata=metadata)
-    save_lora(folder / ADAPTERS, transformer, metadata=metadata)
+    name = adapters_name(recipe)
+    save_lora(folder / f"{step:07d}_{name}", transformer, metadata=metadata)
+    save_lora(folder / name, transformer, metadata=metadata)
     config = {**asdict(recipe), "alpha": recipe.rank if recipe.alpha is None else recipe.alpha}
     with replacing(folder / CONFIG) as partial:
         partial.write_text(json.dumps(config, indent=2) + "\n")
-    numbered = sorted(folder.glob(f"{'[0-9]' * 7}_{ADAPTERS}"))
+    numbered = sorted(folder.glob(f"{'[0-9]' * 7}_{name}"))
     older = [path for path in numbered if int(path.name[:7]) < step]
     for path in older[: len(older) - (recipe.keep - 1)]:
         path.unlink(missing_ok=True)

@@ -13,11 +13,12 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_wan.conditioning import KNOWN_FRAMES, frame_to_image, image_tokens, known_channels
 from mlx_wan.errors import UserError
 from mlx_wan.text import Tokenizer, clean_prompt
-from mlx_wan.training.checkpoint import is_whole, write_arrays
 from mlx_wan.training.dataset import Clip, Skipped, read_clip
-from mlx_wan.weights.load import Checkpoint, load_text_encoder, load_vae
+from mlx_wan.weights.load import Checkpoint, load_image_encoder, load_text_encoder, load_vae
+from mlx_wan.weights.whole import is_whole, write_arrays
 
 VERSION = 1
 _REMEDY = "make room or choose another --cache, then start again"
@@ -56,7 +57,12 @@ class Cache:
         report: Callable[[int, int, str], None] = lambda done, total, what: None,
     ):
         self.folder, self.checkpoint, self.dtype, self.report = folder, checkpoint, dtype, report
+        self._known = KNOWN_FRAMES.get(checkpoint.spec.task, ())
         self._vae = component_print(checkpoint, "vae", asdict(checkpoint.vae_config))
+        self._image_encoder: list[str] = []
+        if checkpoint.image_encoder_config is not None:
+            config = asdict(checkpoint.image_encoder_config)
+            self._image_encoder = [component_print(checkpoint, "image_encoder", config)]
         tokenizer = hashlib.sha256(checkpoint.tokenizer_json()).hexdigest()
         text = [asdict(checkpoint.text_encoder_config), str(dtype), tokenizer]
         text += [checkpoint.transformer_config.text_len, str(checkpoint.quantization)]
@@ -103,13 +109,22 @@ class Cache:
         mx.eval(mx.distributed.all_sum(mx.array(1), group=world))  # wait until all have written theirs
 
     def _clip_encoder(self) -> Callable[[Clip], tuple[dict[str, mx.array], dict[str, Any]]]:
-        vae = load_vae(self.checkpoint)
+        vae, stride = load_vae(self.checkpoint), self.checkpoint.vae_config.stride[0]
+        image_encoder = load_image_encoder(self.checkpoint, self.dtype) if self._image_encoder else None
 
         def encode(clip: Clip) -> tuple[dict[str, mx.array], dict[str, Any]]:
-            latents = vae.encode(mx.array(read_clip(clip)))[0]
-            if not mx.isfinite(latents).all().item():
+            pixels = read_clip(clip)
+            arrays = {"latents": vae.encode(mx.array(pixels))[0]}
+            frames = {place % pixels.shape[1]: pixels[:, [place]] for place in self._known}
+            if frames:
+                arrays["channels"] = known_channels(frames, pixels.shape[1], stride, vae.encode)[0]
+            if image_encoder is not None:
+                pictures = [frame_to_image(frame) for frame in frames.values()]
+                arrays["image"] = image_tokens(pictures, image_encoder.config.image_size, image_encoder)[0]
+            if not all(mx.isfinite(array).all().item() for array in arrays.values()):
                 raise UserError(f"{clip.name}: its latents are not finite")
-            return {"latents": latents.astype(mx.float16)}, {"clip": clip.name, "bucket": clip.bucket}
+            arrays = {name: array.astype(mx.float16) for name, array in arrays.items()}
+            return arrays, {"clip": clip.name, "bucket": clip.bucket}
 
         return encode
 
@@ -134,15 +149,17 @@ class Cache:
 
     def _clip_file(self, clip: Clip, digest: str) -> Path:
         facts = [VERSION, digest, clip.bucket, clip.frames, clip.flip, clip.source.kind, self._vae]
+        facts += [*self._image_encoder, *self._known]
         return self.folder / f"clip-{_print(facts)}.safetensors"
 
     def _text_file(self, text: str) -> Path:
         return self.folder / f"text-{_print([VERSION, text, self._text])}.safetensors"
 
 
-def load_latents(file: Path) -> mx.array:
-    """Normalised latents (t, h, w, C), float16, of a cached clip."""
-    return mx.load(str(file))["latents"]  # type: ignore[index]
+def load_clip(file: Path) -> dict[str, mx.array]:
+    """What the cache holds of a clip, float16: latents (t, h, w, C) and, for models that are shown some of its frames,
+    channels (t, h, w, ·) beside them and perhaps image tokens (m, image_dim): `image`."""
+    return mx.load(str(file))  # type: ignore[return-value]
 
 
 def load_context(file: Path, length: int) -> mx.array:

@@ -8,13 +8,13 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_wan.errors import UserError
-from mlx_wan.lora.fuse import Adapters
+from mlx_wan.lora.fuse import EXPERTS, Adapters
 from mlx_wan.lora.load import read_lora, transformer_shapes
-from mlx_wan.training.cache import Cache, Cached, load_context, load_latents
+from mlx_wan.training.cache import Cache, Cached, load_clip, load_context
 from mlx_wan.training.dataset import Skipped, find_sources, plan_clips, read_clip
 from mlx_wan.training.objective import psnr
 from mlx_wan.training.options import FinetuneRecipe
-from mlx_wan.training.plan import resolve, sampling
+from mlx_wan.training.plan import expert_sigmas, resolve, sampling, without_pictures
 from mlx_wan.training.trainer import DTYPES
 from mlx_wan.training.validate import band_losses
 from mlx_wan.weights.load import Checkpoint, load_transformer, load_vae, locate
@@ -59,8 +59,9 @@ def evaluate(
     if not sources:
         split = "train"
         sources, missing = find_sources(Path(str(recipe.data)), split)
+    sources, pictures = without_pictures(sources, checkpoint)
     clips, unusable = plan_clips(sources, sampling(recipe, checkpoint))
-    skipped = [*missing, *unusable]
+    skipped = [*missing, *pictures, *unusable]
     if not clips:
         raise UserError(f"{recipe.data}: no clip to evaluate on{f': {skipped[0]}' if skipped else ''}")
     clips = clips[:limit]
@@ -69,15 +70,17 @@ def evaluate(
     if not cached.latents:
         raise UserError(f"{recipe.data}: no clip could be encoded: {cached.skipped[0]}")
     numbers = reconstruction(checkpoint, cached)
-    transformer = load_transformer(checkpoint, dtype)
-    loras.install(transformer)
+    part = EXPERTS[recipe.expert or "high"]
+    transformer = load_transformer(checkpoint, dtype, part)
+    loras.install(transformer, part)
 
-    def example(i: int) -> tuple[mx.array, mx.array]:
+    def example(i: int) -> tuple[dict[str, mx.array], mx.array]:
         clip, file = cached.latents[i]
         context = load_context(cached.texts[clip.source.caption], checkpoint.transformer_config.text_len)
-        return load_latents(file), context
+        return load_clip(file), context
 
-    numbers = {**band_losses(transformer, len(cached.latents), example), **numbers}
+    sigmas = expert_sigmas(checkpoint, recipe.expert)
+    numbers = {**band_losses(transformer, len(cached.latents), example, sigmas), **numbers}
     return Evaluation(split, len(cached.latents), numbers, [*skipped, *cached.skipped])
 
 
@@ -86,7 +89,7 @@ def reconstruction(checkpoint: Checkpoint, cached: Cached) -> dict[str, float]:
     vae, scores = load_vae(checkpoint), []
     for clip, file in cached.latents:
         pixels = read_clip(clip)[0]
-        decoded = np.array(vae.decode(load_latents(file).astype(mx.float32)[None]))[0]
+        decoded = np.array(vae.decode(load_clip(file)["latents"].astype(mx.float32)[None]))[0]
         mse = float(np.mean((pixels - decoded).astype(np.float64) ** 2))
         scores.append((psnr(mse), ssim(pixels, decoded)))
     mx.clear_cache()

@@ -17,10 +17,10 @@ import numpy as np
 
 from mlx_wan.errors import UserError
 from mlx_wan.models.transformer import FLOAT32_PARAMETERS, WanTransformer
-from mlx_wan.training.adapt import ADAPTERS, load_adapters, make_trainable, save_adapters
+from mlx_wan.training.adapt import adapters_name, load_adapters, make_trainable, save_adapters
 from mlx_wan.training.buckets import batch_at
-from mlx_wan.training.cache import Cache, Cached, component_print, load_context, load_latents
-from mlx_wan.training.checkpoint import flat, newest_state, step_of
+from mlx_wan.training.cache import Cache, Cached, component_print, load_clip, load_context
+from mlx_wan.training.checkpoint import newest_state, step_of
 from mlx_wan.training.objective import WEIGHTINGS, flow_loss, sample_sigmas
 from mlx_wan.training.plan import Plan, known
 from mlx_wan.training.recipe import check_same_run, remember_run
@@ -29,6 +29,7 @@ from mlx_wan.training.validate import band_losses
 from mlx_wan.weights.fit import component_tensors
 from mlx_wan.weights.load import Checkpoint, load_transformer
 from mlx_wan.weights.save import module_tensors, native_config, write_native
+from mlx_wan.weights.whole import flat
 
 Preview = Callable[[WanTransformer, int, dict[str, mx.array]], None]
 
@@ -53,17 +54,18 @@ class Examples:
         return [self.cached.latents[i][0].name for i in self._clips(index)]
 
     def batch(self, index: int) -> Batch:
-        """latents (B, t, h, w, C), context (B, text_len, text_dim), keep_first (B,)."""
+        """latents (B, t, h, w, C), context (B, text_len, text_dim), keep_first (B,), and what else the cache holds."""
         recipe, clips = self.recipe, [self.cached.latents[i] for i in self._clips(index)]
         rng = np.random.default_rng([recipe.seed, 1, index])
         dropped = rng.random(len(clips)) < recipe.caption_dropout
         given = rng.random(len(clips)) < recipe.image_to_video
         texts = ["" if drop else clip.source.caption for (clip, _), drop in zip(clips, dropped, strict=True)]
-        latents = mx.stack([load_latents(file) for _, file in clips])
+        loaded = [load_clip(file) for _, file in clips]
+        batch = {name: mx.stack([arrays[name] for arrays in loaded]) for name in loaded[0]}
         return {
-            "latents": latents,
+            **batch,
             "context": mx.stack([self.context(text) for text in texts]),
-            "keep_first": mx.array((given & (latents.shape[1] > 1)).tolist()),
+            "keep_first": mx.array((given & (batch["latents"].shape[1] > 1)).tolist()),
         }
 
     def context(self, text: str) -> mx.array:
@@ -91,7 +93,7 @@ def fill_cache(plan: Plan, report: Callable[[int, int, str], None]) -> tuple[Cac
 def load_trainable(plan: Plan) -> WanTransformer:
     """The transformer with what is trained in float32 and all else in the dtype of computing."""
     recipe, full = plan.recipe, plan.recipe.fine_tune_type == "full"
-    transformer = load_transformer(plan.checkpoint, plan.dtype, weights=mx.float32 if full else None)
+    transformer = load_transformer(plan.checkpoint, plan.dtype, plan.part, weights=mx.float32 if full else None)
     mx.random.seed(recipe.seed)
     make_trainable(transformer, recipe)
     if full:  # blocks that are not trained need no more digits than they are used with
@@ -112,15 +114,16 @@ def make_trainer(plan: Plan, examples: Examples) -> Trainer:
     """The trainer of a plan, at step 0."""
     recipe = plan.recipe
     weight = WEIGHTINGS[recipe.weighting]
+    spread = (recipe.sigma_sampling, recipe.logit_mean, recipe.logit_std, plan.sigmas)
 
     def loss(model: Any, batch: Batch, key: mx.array) -> tuple[mx.array, Numbers]:
         latents = batch["latents"].astype(mx.float32)
         noise_key, sigma_key = mx.random.split(key)
         noise = mx.random.normal(latents.shape, key=noise_key)
-        sigmas = sample_sigmas(
-            sigma_key, latents.shape[0], known(recipe.shift), recipe.sigma_sampling, recipe.logit_mean, recipe.logit_std
-        )  # type: ignore[arg-type]
-        each = flow_loss(model, latents, batch["context"], noise, sigmas, batch["keep_first"]) * weight(sigmas)
+        sigmas = sample_sigmas(sigma_key, latents.shape[0], known(recipe.shift), *spread)
+        given = {name: batch[name] for name in ("channels", "image") if name in batch}
+        each = flow_loss(model, latents, batch["context"], noise, sigmas, batch["keep_first"], **given)
+        each = each * weight(sigmas)
         return each.mean(), {"each": each}
 
     folder = Path(recipe.adapter_path)
@@ -147,7 +150,7 @@ def run(
         UserError: the folder holds another run, or nothing can be trained on.
     """
     recipe, folder = plan.recipe, Path(plan.recipe.adapter_path)
-    result = folder / ("model" if recipe.fine_tune_type == "full" else ADAPTERS)
+    result = folder / ("model" if recipe.fine_tune_type == "full" else adapters_name(recipe))
     training, validation = fill_cache(plan, progress)
     facts = describe(plan, training)
     if resume:
@@ -170,7 +173,7 @@ def run(
         visit=previewing(trainer, examples, preview),
     )
     if trainer.is_first and recipe.fine_tune_type == "full":
-        trainer.with_averaged_weights(lambda model: export(model, plan.checkpoint, plan.dtype, result))
+        trainer.with_averaged_weights(lambda model: export(model, plan.checkpoint, plan.dtype, result, plan.part))
     elif trainer.is_first:
         keep_adapters(trainer, plan, trainer.step)
     return result, training.skipped
@@ -185,11 +188,11 @@ def evaluation(plan: Plan, cached: Cached) -> Callable[[nn.Module], dict[str, fl
     if count == 0:
         return None
 
-    def example(i: int) -> tuple[mx.array, mx.array]:
+    def example(i: int) -> tuple[dict[str, mx.array], mx.array]:
         clip, file = cached.latents[i]
-        return load_latents(file), examples.context(clip.source.caption)
+        return load_clip(file), examples.context(clip.source.caption)
 
-    return lambda model: band_losses(model, count, example)  # type: ignore[arg-type]
+    return lambda model: band_losses(model, count, example, plan.sigmas)  # type: ignore[arg-type]
 
 
 def keep_adapters(trainer: Trainer, plan: Plan, step: int) -> None:
@@ -222,25 +225,26 @@ def describe(plan: Plan, cached: Cached) -> dict[str, Any]:
     facts = {
         "stage": "finetune",
         "finetune": asdict(plan.recipe),
-        "transformer": component_print(plan.checkpoint, "transformer", asdict(plan.checkpoint.transformer_config)),
+        "transformer": component_print(plan.checkpoint, plan.part, asdict(plan.checkpoint.transformer_config)),
         "clips": hashlib.sha256(json.dumps([files, captions]).encode()).hexdigest(),
         "processes": mx.distributed.init().size(),
     }
     return json.loads(json.dumps(facts))
 
 
-def export(transformer: WanTransformer, checkpoint: Checkpoint, dtype: mx.Dtype, folder: Path) -> None:
-    """A whole model in the native layout: the trained transformer, and the other parts as they are in `checkpoint`."""
+def export(
+    transformer: WanTransformer, checkpoint: Checkpoint, dtype: mx.Dtype, folder: Path, part: str = "transformer"
+) -> None:
+    """A whole model in the native layout: the trained `part`, and the other parts as they are in `checkpoint`."""
     config = native_config(
         checkpoint.spec.name,
         transformer=checkpoint.transformer_config,
         text_encoder=checkpoint.text_encoder_config,
         vae=checkpoint.vae_config,
         sampling=checkpoint.spec.sampling(),
+        image_encoder=checkpoint.image_encoder_config,
+        boundary=checkpoint.spec.boundary,
     )
-    parts = {
-        "transformer": module_tensors(transformer, dtype),
-        "text_encoder": component_tensors(checkpoint, "text_encoder", None),
-        "vae": component_tensors(checkpoint, "vae", None),
-    }
+    parts = {name: component_tensors(checkpoint, name, None) for name in checkpoint.parts if name != part}
+    parts[part] = module_tensors(transformer, dtype)
     write_native(folder, parts, checkpoint.tokenizer, config)

@@ -5,6 +5,7 @@ Functions of arrays only. Latents are normalised, shapes are channels last.
 
 import math
 from collections.abc import Callable
+from statistics import NormalDist
 
 import mlx.core as mx
 
@@ -17,6 +18,11 @@ TRAIN_TIMESTEPS = 1000  # the model is given 1000 σ
 def shift_sigma(u: mx.array, shift: float) -> mx.array:
     """Noise levels σ = s·u / (1 + (s − 1)·u) for u in [0, 1]; a larger shift s means more noise."""
     return shift * u / (1 + (shift - 1) * u)
+
+
+def unshift_sigma(sigma: float, shift: float) -> float:
+    """The u in [0, 1] that `shift_sigma` takes to sigma."""
+    return sigma / (shift - (shift - 1) * sigma)
 
 
 def _normal(u: mx.array) -> mx.array:
@@ -32,17 +38,38 @@ SIGMA_SAMPLINGS: dict[str, Callable[[mx.array, float, float], mx.array]] = {
 }
 
 
+# Their inverses: (value in (0, 1), mean, std) -> u.
+_SHARES: dict[str, Callable[[float, float, float], float]] = {
+    "uniform": lambda x, mean, std: x,
+    "logit-normal": lambda x, mean, std: NormalDist(mean, std).cdf(math.log(x / (1 - x))),
+    "sigmoid": lambda x, mean, std: NormalDist().cdf(math.log(x / (1 - x))),
+}
+
+
 def sample_sigmas(
-    key: mx.array, batch: int, shift: float, sampling: str = "uniform", mean: float = 0.0, std: float = 1.0
+    key: mx.array,
+    batch: int,
+    shift: float,
+    sampling: str = "uniform",
+    mean: float = 0.0,
+    std: float = 1.0,
+    within: tuple[float, float] = (0.0, 1.0),
 ) -> mx.array:
     """Noise levels (batch,) from stratified draws: one in each of `batch` equal intervals of u, spread, then shifted.
 
     sampling: a key of SIGMA_SAMPLINGS; mean, std: of "logit-normal". A shift of 1 leaves them as they are.
+    within: the noise levels of an expert. Its share of u is drawn from directly: the levels are spread as those of
+    the whole range are that fall between the two.
     """
     jitter, order = mx.random.split(key)
     u = (mx.arange(batch) + mx.random.uniform(shape=(batch,), key=jitter)) / batch
+    if within != (0.0, 1.0):
+        low, high = (
+            edge if edge in (0, 1) else _SHARES[sampling](unshift_sigma(edge, shift), mean, std) for edge in within
+        )
+        u = low + (high - low) * u
     spread = SIGMA_SAMPLINGS[sampling](u[mx.random.permutation(batch, key=order)], mean, std)
-    return shift_sigma(spread, shift)
+    return mx.clip(shift_sigma(spread, shift), *within)  # rounding may pass an edge
 
 
 def _bell(sigmas: mx.array) -> mx.array:
@@ -72,6 +99,8 @@ def flow_loss(
     noise: mx.array,
     sigmas: mx.array,
     keep_first: mx.array,
+    channels: mx.array | None = None,
+    image: mx.array | None = None,
 ) -> mx.array:
     """Mean squared error of the predicted velocity ε − x0, one value a sample (B,), float32.
 
@@ -82,11 +111,17 @@ def flow_loss(
         sigmas: noise level of each sample (B,), in [0, 1].
         keep_first: (B,) bool: image-to-video, whose first latent frame is clean, has timestep 0 and no part in
             the loss, as in the official TI2V. Not for clips of a single latent frame, which would have no loss.
+        channels: (B, t, h, w, ·) put beside the noisy latents, as `sampling.Condition.channels` (I2V).
+        image: image tokens (B, m, image_dim), for models that take them.
     """
     frames = latents.shape[1]
     known = keep_first[:, None] & (mx.arange(frames) == 0)[None]  # (B, t)
     per_frame = mx.where(known, 0.0, sigmas[:, None])
-    velocity = transformer(add_noise(latents, noise, per_frame), TRAIN_TIMESTEPS * per_frame, context)
+    inputs = add_noise(latents, noise, per_frame)
+    if channels is not None:
+        inputs = mx.concatenate([inputs, channels.astype(inputs.dtype)], axis=-1)
+    tokens = () if image is None else (image,)
+    velocity = transformer(inputs, TRAIN_TIMESTEPS * per_frame, context, *tokens)
     error = mx.square(velocity - (noise - latents).astype(mx.float32)).mean(axis=(2, 3, 4))  # (B, t)
     weight = (~known).astype(mx.float32)
     return (error * weight).sum(axis=1) / weight.sum(axis=1)

@@ -11,6 +11,7 @@ from mlx_wan.errors import UserError
 TARGETS = ("q", "k", "v", "o", "ffn.0", "ffn.2")
 CHOICES = {
     "fine_tune_type": ("lora", "dora", "full"),
+    "expert": ("high", "low", None),
     "optimizer": ("adamw", "adam", "muon", "lion", "adafactor", "sgd"),
     "lr_schedule": ("constant", "cosine", "linear"),
     "dtype": ("float32", "bfloat16", "float16", None),
@@ -42,6 +43,7 @@ class FinetuneRecipe:
     adapter_path: str = _option("adapters", "folder of the run: adapters, states, log")
 
     fine_tune_type: str = _option("lora", "lora, dora or full")
+    expert: str | None = _option(None, "high or low: which of an A14B model's two is trained; one at a time")
     rank: int = _option(32, "of the adapters")
     alpha: float | None = _option(None, "adapters are scaled by alpha/rank; rank, a scale of 1, if left out")
     targets: tuple[str, ...] = _option(TARGETS, "which matrices get adapters, by the ends of their official names")
@@ -61,7 +63,7 @@ class FinetuneRecipe:
     ema_decay: float = _option(0.0, "of a moving average of the trained weights, which is then saved; 0: none")
     grad_checkpoint: bool = _option(False, "compute blocks twice, to keep less in memory")
     dtype: str | None = _option(None, "of computing: float32, bfloat16 or float16; trained weights are float32")
-    compile: bool | None = _option(None, "one compiled step for each bucket; on a GPU unless told otherwise")
+    compile: bool | None = _option(None, "one compiled step for each bucket; on Metal unless told otherwise")
     seed: int = _option(0, "of weights, order and noise")
     spike_factor: float = _option(10.0, "stop if a loss is so many times the running mean; 0: never")
 
@@ -83,7 +85,7 @@ class FinetuneRecipe:
     logit_std: float = _option(1.0, "of sigma_sampling logit-normal")
     weighting: str = _option("none", "of losses by noise level: none, bell or cosmap")
     caption_dropout: float = _option(0.1, "share of samples without a caption")
-    image_to_video: float = _option(0.2, "share of samples whose first frame is given")
+    image_to_video: float = _option(0.2, "share of samples whose first frame is given; of TI2V models alone")
 
     steps_per_report: int = _option(10, "steps between two rows of the log")
     steps_per_eval: int = _option(200, "steps between two validations")

@@ -11,16 +11,18 @@ from typing import TypeVar
 import mlx.core as mx
 
 from mlx_wan import backend
+from mlx_wan.conditioning import KNOWN_FRAMES
 from mlx_wan.errors import UserError
+from mlx_wan.lora.fuse import EXPERTS, expert_part
 from mlx_wan.models.transformer import TransformerConfig, WanTransformer
-from mlx_wan.training.adapt import make_trainable, trainable_size
+from mlx_wan.training.adapt import adapters_name, make_trainable, trainable_size
 from mlx_wan.training.buckets import Bucket
-from mlx_wan.training.checkpoint import flat
 from mlx_wan.training.dataset import Clip, Sampling, Skipped, Source, find_sources, plan_clips
 from mlx_wan.training.options import FinetuneRecipe
 from mlx_wan.training.trainer import DTYPES, TrainConfig
 from mlx_wan.weights.load import Checkpoint, locate
 from mlx_wan.weights.quantize import quantize_module
+from mlx_wan.weights.whole import flat
 
 # Bytes that an optimizer keeps for each trained number, which is float32 as its weight and its gradient are.
 _OPTIMIZER_BYTES = {"adamw": 8, "adam": 8, "muon": 4, "lion": 4, "adafactor": 0, "sgd": 0}
@@ -40,7 +42,7 @@ class Plan:
         skipped: files that cannot be used, and why.
         trained: how many numbers are trained, and `total` how many the transformer has with them.
         memory: bytes by what they are for, of the step with the largest bucket; an estimate.
-        encoding: bytes of the larger encoder's weights, which are gone while training.
+        encoding: bytes of the encoders' weights, of text or of clips, the larger; they are gone while training.
     """
 
     recipe: FinetuneRecipe
@@ -81,6 +83,16 @@ class Plan:
         )
 
     @property
+    def part(self) -> str:
+        """Which of the checkpoint's transformers is trained."""
+        return EXPERTS[self.recipe.expert or "high"]
+
+    @property
+    def sigmas(self) -> tuple[float, float]:
+        """The noise levels it is trained at."""
+        return expert_sigmas(self.checkpoint, self.recipe.expert)
+
+    @property
     def dtype(self) -> mx.Dtype:
         """What is computed in."""
         return DTYPES[str(self.recipe.dtype)]
@@ -104,6 +116,7 @@ class Plan:
         size = recipe.batch_size * recipe.grad_accumulation_steps
         return [
             f"model: {self.checkpoint.folder} ({self.checkpoint.spec.name})",
+            *self._expert_lines(),
             f"clips: {len(self.clips)} of {_files(self.clips)} files, {len(self.held_out)} for validation, "
             f"{len(self.skipped)} files skipped",
             *[f"  skipped {one}" for one in self.skipped],
@@ -114,6 +127,22 @@ class Plan:
             f"memory: about {need:.2f} GiB while training ({parts}), {self.encoding / _GIB:.2f} for encoders before; "
             f"this machine has {have:.2f}: {'fits' if self.fits else DOES_NOT_FIT}",
         ]
+
+    def _expert_lines(self) -> list[str]:
+        recipe = self.recipe
+        if recipe.expert is None:
+            return []
+        low, high = (1000 * sigma for sigma in self.sigmas)
+        file = "model" if recipe.fine_tune_type == "full" else adapters_name(recipe)
+        return [f"expert: {recipe.expert} noise, timesteps {low:g} to {high:g}, written to {file}"]
+
+
+def expert_sigmas(checkpoint: Checkpoint, expert: str | None) -> tuple[float, float]:
+    """The noise levels at which an expert works, "high" or "low"; all of them for None."""
+    boundary = checkpoint.spec.boundary
+    if expert is None or boundary is None:
+        return 0.0, 1.0
+    return (boundary, 1.0) if expert == "high" else (0.0, boundary)
 
 
 def _files(clips: list[Clip]) -> int:
@@ -128,9 +157,11 @@ def make_plan(recipe: FinetuneRecipe) -> Plan:
     valid, more = find_sources(Path(str(recipe.data)), "valid")
     if not valid and recipe.hold_out:
         sources, valid = hold_out(sources, recipe.hold_out)
+    sources, pictures = without_pictures(sources, checkpoint)
+    valid, more_pictures = without_pictures(valid, checkpoint)
     clips, unusable = plan_clips(sources, sampling(recipe, checkpoint))
     held_out, unusable_too = plan_clips(valid, sampling(recipe, checkpoint))
-    skipped = [*skipped, *more, *unusable, *unusable_too]
+    skipped = [*skipped, *more, *pictures, *more_pictures, *unusable, *unusable_too]
     if not clips:
         why = f": {skipped[0]}" if skipped else ""
         raise UserError(f"{recipe.data}: no clip to train on{why}")
@@ -145,15 +176,16 @@ def make_plan(recipe: FinetuneRecipe) -> Plan:
         plan,
         total=_total(checkpoint) + (0 if recipe.fine_tune_type == "full" else plan.trained),
         memory=training_memory(plan, transformer, largest),
-        encoding=max(sum(i.nbytes for i in getattr(checkpoint, p).tensors.values()) for p in ("text_encoder", "vae")),
+        encoding=max(
+            _stored(checkpoint, "text_encoder"), _stored(checkpoint, "vae") + _stored(checkpoint, "image_encoder")
+        ),
     )
 
 
 def resolve(recipe: FinetuneRecipe, checkpoint: Checkpoint) -> FinetuneRecipe:
     """The recipe with the model's values, and the device's, where it had none; checked against the model."""
     spec, device = checkpoint.spec, backend.default_dtype()
-    if spec.task != "ti2v":
-        raise UserError(f"{recipe.model}: is {spec.name}; only TI2V models are fine-tuned so far")
+    check_model(recipe, checkpoint)
     data = Path(str(recipe.data))
     recipe = replace(
         recipe,
@@ -161,10 +193,11 @@ def resolve(recipe: FinetuneRecipe, checkpoint: Checkpoint) -> FinetuneRecipe:
         height=recipe.height or spec.height,
         num_frames=recipe.num_frames or (spec.num_frames,),
         fps=recipe.fps or float(spec.fps),
-        shift=recipe.shift or spec.shift,
+        shift=recipe.shift or spec.shift_for(recipe.width or spec.width, recipe.height or spec.height),
+        image_to_video=recipe.image_to_video if spec.task == "ti2v" else 0.0,
         preview_steps=recipe.preview_steps or spec.num_inference_steps,
         dtype=recipe.dtype or str(device).removeprefix("mlx.core."),
-        compile=mx.default_device() == mx.gpu if recipe.compile is None else recipe.compile,
+        compile=_compiles_fast() if recipe.compile is None else recipe.compile,
         cache=recipe.cache or str((data if data.is_dir() else data.parent) / ".mlx-wan-cache"),
     )
     step_w, step_h = checkpoint.size_steps
@@ -173,7 +206,38 @@ def resolve(recipe: FinetuneRecipe, checkpoint: Checkpoint) -> FinetuneRecipe:
         raise UserError(f"size {recipe.width}x{recipe.height}: sides must be multiples of {step_w} and {step_h}")
     if wrong := [length for length in recipe.num_frames if length % stride != 1 % stride]:
         raise UserError(f"num_frames is {wrong[0]}; it must be {stride}n+1, such as {spec.num_frames}")
+    if spec.task in KNOWN_FRAMES and 1 in recipe.num_frames:
+        raise UserError(f"num_frames is 1; {spec.name} learns what follows a picture: give more frames")
     return recipe
+
+
+def _compiles_fast() -> bool:
+    """Not on the CPU, where it gains nothing, nor on CUDA, where a whole step takes minutes (docs/benchmarks.md)."""
+    return mx.default_device() == mx.gpu and not mx.cuda.is_available()
+
+
+def check_model(recipe: FinetuneRecipe, checkpoint: Checkpoint) -> None:
+    """UserError if this model, or that part of it, is not trained."""
+    spec = checkpoint.spec
+    expert_part(checkpoint, recipe.expert)  # refuses a word for models that have no experts
+    if spec.boundary is not None and recipe.expert is None:
+        raise UserError(
+            f"{recipe.model}: is {spec.name}, which has two experts; give expert high or low, one at a time"
+        )
+    if recipe.preview_prompts and (spec.boundary is not None or spec.task in KNOWN_FRAMES):
+        raise UserError(f"preview_prompts: what is trained of {spec.name} makes no video of a prompt; leave them out")
+
+
+def without_pictures(sources: list[Source], checkpoint: Checkpoint) -> tuple[list[Source], list[Skipped]]:
+    """(usable, skipped): models that are shown a frame learn what follows it, of which a picture says nothing."""
+    if checkpoint.spec.task not in KNOWN_FRAMES:
+        return sources, []
+    pictures = [
+        Skipped(one.path, f"is a picture; {checkpoint.spec.name} needs videos")
+        for one in sources
+        if one.kind == "image"
+    ]
+    return [one for one in sources if one.kind != "image"], pictures
 
 
 def known(value: Number | None) -> Number:
@@ -204,6 +268,10 @@ def hold_out(sources: list[Source], share: float) -> tuple[list[Source], list[So
     chosen = {int((i + 0.5) * len(sources) / count) for i in range(count)}
     rest = [source for i, source in enumerate(sources) if i not in chosen]
     return rest, [source for i, source in enumerate(sources) if i in chosen]
+
+
+def _stored(checkpoint: Checkpoint, part: str) -> int:
+    return sum(info.nbytes for info in checkpoint.parts[part].tensors.values()) if part in checkpoint.parts else 0
 
 
 def _total(checkpoint: Checkpoint) -> int:

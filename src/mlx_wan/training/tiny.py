@@ -43,6 +43,8 @@ class TextToVideo(nn.Module):
         self.text_encoder = UMT5Encoder(recipe.text_encoder)
         self.transformer.init_weights()
         self.text_encoder.init_weights()
+        # MLX's own gradient of attention reads past its arrays on CUDA when queries and keys differ in number.
+        self.transformer.attend_in_pieces(True)
 
     def encode_text(self, ids: mx.array) -> mx.array:
         """(B, L) ids -> (B, L, text_dim), zeros after the text, as the pipeline pads it."""

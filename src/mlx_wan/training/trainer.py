@@ -301,8 +301,11 @@ class Trainer:
         decay = mx.minimum(decay, steps / (steps + 9))
         return tree_map(lambda e, w: decay * e + (1 - decay) * w, before, weights)
 
-    def _advance(self, batch_at: Callable[[int], Batch]) -> Numbers:
-        """One step from as many batches as it takes; its numbers, means over the batches."""
+    def advance(self, batch_at: Callable[[int], Batch]) -> Numbers:
+        """One step from as many batches as it takes; its numbers, means over the batches, not evaluated yet.
+
+        `fit` does this and all around it.
+        """
         batches = self._batches(self.step)
         keys = [mx.random.key(self.config.seed * 1_000_003 + index) for index in batches]
         if len(batches) == 1:
@@ -385,7 +388,7 @@ class Trainer:
         self._trim_log()
         with _Signals() as signals:
             while self.step < config.steps:
-                numbers = self._advance(batch_at)
+                numbers = self.advance(batch_at)
                 stop, stop_before = self._share(signals.asked), stop
                 mx.async_eval(numbers, self._arrays(), stop)
                 if unread is not None:

@@ -1,6 +1,6 @@
 """What a checkpoint is: the layouts of its folder, and the parts found in one."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -10,12 +10,13 @@ from mlx_wan.models.transformer import TransformerConfig
 from mlx_wan.models.umt5 import TextEncoderConfig
 from mlx_wan.models.vae21 import VAE21Config
 from mlx_wan.models.vae22 import VAEConfig
+from mlx_wan.weights.diffusers import INDEX
 from mlx_wan.weights.files import INDEX_SUFFIX
 from mlx_wan.weights.identify import Identity
 from mlx_wan.weights.layouts import KEEP, TURN
 from mlx_wan.weights.quantize import Quantization
 from mlx_wan.weights.tensors import TensorInfo
-from mlx_wan.zoo import ModelSpec
+from mlx_wan.zoo import LATENTS_MEAN, ModelSpec
 
 PARTS = ("transformer", "transformer_2", "text_encoder", "image_encoder", "vae")
 EMBEDDED = Path(__file__).resolve().parent.parent / "embedded"  # the small model in this package, native layout
@@ -116,6 +117,39 @@ DIFFUSERS_EXPERTS = replace(
 # Files of any names, told by what is in them: ComfyUI's folders, GGUF, or parts given one by one.
 SINGLE_FILES = Layout("single files", {}, TURN, configs={})
 LAYOUTS = (NATIVE, WAN22_MLX, OFFICIAL, OFFICIAL_21, OFFICIAL_21_I2V, OFFICIAL_EXPERTS, DIFFUSERS, DIFFUSERS_EXPERTS)
+
+
+def layout_for(names: Collection[str], config: Mapping[str, Any]) -> Layout | None:
+    """The layout that files of these names have, at least in part; None if they have nothing of any.
+
+    names: relative to the folder, with forward slashes. config: its config.json.
+    """
+
+    def has(folder: str) -> bool:
+        return any(name.startswith(f"{folder}/") for name in names)
+
+    if "mlx_wan" in config:
+        extra = config["mlx_wan"]
+        return native_layout(extra if isinstance(extra, dict) else {})
+    if INDEX in names:
+        return DIFFUSERS_EXPERTS if has("transformer_2") else DIFFUSERS
+    if any(map(has, EXPERT_FOLDERS.values())):
+        return OFFICIAL_EXPERTS
+    for layout in (WAN22_MLX, official_layout(names, config), NATIVE):
+        if any(name in names for part, files in layout.files.items() if part != "tokenizer" for name in files):
+            return layout
+    return None
+
+
+def official_layout(names: Collection[str], config: Mapping[str, Any]) -> Layout:
+    """The official layout of a model with one transformer: Wan2.2's, whose latents are wider, or Wan2.1's."""
+    if config:
+        kind = config.get("model_type")
+        if kind == "ti2v" or config.get("out_dim") == len(LATENTS_MEAN):
+            return OFFICIAL
+        return OFFICIAL_21_I2V if kind in ("i2v", "flf2v") else OFFICIAL_21
+    ours, older = (any(name in names for name in layout.files["vae"]) for layout in (OFFICIAL, OFFICIAL_21))
+    return OFFICIAL_21 if older and not ours else OFFICIAL
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from mlx_wan.errors import CheckpointError, UserError, WanError
+from mlx_wan.errors import CheckpointError, UserError
 from mlx_wan.weights import spiece
 from mlx_wan.weights.checkpoint import (
     DIFFUSERS,
@@ -16,16 +16,15 @@ from mlx_wan.weights.checkpoint import (
     LAYOUTS,
     NATIVE,
     OFFICIAL,
-    OFFICIAL_21,
     OFFICIAL_21_I2V,
     OFFICIAL_EXPERTS,
     PARTS,
     SINGLE_FILES,
-    WAN22_MLX,
     Checkpoint,
     Component,
     Layout,
-    native_layout,
+    layout_for,
+    official_layout,
 )
 from mlx_wan.weights.diffusers import INDEX, read_configs
 from mlx_wan.weights.dimensions import (
@@ -38,12 +37,13 @@ from mlx_wan.weights.dimensions import (
 )
 from mlx_wan.weights.files import INDEX_SUFFIX, TENSOR_SUFFIXES, read_index, read_tensors
 from mlx_wan.weights.fit import component_tensors
+from mlx_wan.weights.hub import download
 from mlx_wan.weights.identify import LABELS, identify
 from mlx_wan.weights.layouts import official_names
 from mlx_wan.weights.loose import NEEDED, by_content, find_tokenizer, has_parts, without
 from mlx_wan.weights.quantize import Quantization
 from mlx_wan.weights.tensors import TensorInfo
-from mlx_wan.zoo import LATENTS_MEAN, MODELS
+from mlx_wan.zoo import MODELS
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 MODEL_TYPES = ("t2v", "ti2v", "i2v", "flf2v")  # of the transformers that run, in config.json
@@ -101,34 +101,16 @@ def locate(
         hint = "give it to --lora" if identity.component == "lora" else "give the folder of a whole checkpoint"
         raise UserError(f"{folder}: is a single file ({identity.model}); {hint}")
     if HUB_ID.fullmatch(str(where)):
-        return _read_parts(_download(str(where)), files, task)
+        return _read_parts(download(str(where), _check_configs), files, task)
     raise UserError(f'{folder}: no such folder (a checkpoint folder, a Hub id, or "tiny" is needed)')
 
 
-def _download(hub_id: str) -> Path:
-    """The folder of a Hub repository in the local cache, with the files that any layout needs."""
-    import huggingface_hub  # slow to import, and only needed here
-    from huggingface_hub.errors import HfHubHTTPError
-
-    small = ["config.json", INDEX, "*/config.json"]
-    wanted = [name for layout in LAYOUTS for names in layout.files.values() for name in names]
-    wanted += [name.replace(".safetensors", "-*-of-*.safetensors") for name in wanted if name.endswith("safetensors")]
-    try:
-        # First the small files that tell what it is: another model is refused before its gigabytes arrive.
-        folder = Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=small))
-        if not (folder / INDEX).is_file():
-            _read_config(folder)
-        else:
-            read_configs(folder)
-        return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=[*small, *wanted]))
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        if isinstance(error, WanError):
-            raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"{hub_id}: no such folder here, and the Hugging Face Hub did not provide it ({reason}); "
-            "check the name and the connection, or download it elsewhere and give its folder"
-        ) from error
+def _check_configs(folder: Path) -> None:
+    """CheckpointError if a folder's configuration is of a model that does not run."""
+    if (folder / INDEX).is_file():
+        read_configs(folder)
+    else:
+        _read_config(folder)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -172,32 +154,14 @@ def _has_experts(folder: Path) -> bool:
 
 def layout_of(folder: Path, config: Mapping[str, Any]) -> Layout | None:
     """The layout that `folder` has, at least in part; None if it has nothing of any."""
-    if "mlx_wan" in config:
-        extra = config["mlx_wan"]
-        return native_layout(extra if isinstance(extra, dict) else {})
-    if (folder / INDEX).is_file():
-        return DIFFUSERS_EXPERTS if (folder / "transformer_2").is_dir() else DIFFUSERS
-    if _has_experts(folder):
-        return OFFICIAL_EXPERTS
-    for layout in (WAN22_MLX, _official(folder, config), NATIVE):
-        names = [name for part, names in layout.files.items() if part != "tokenizer" for name in names]
-        if any((folder / name).is_file() for name in names):
-            return layout
-    return None
+    return layout_for(_names(folder), config)
 
 
-def _official(folder: Path, config: Mapping[str, Any]) -> Layout:
-    """The official layout of a model with one transformer: Wan2.2's, whose latents are wider, or Wan2.1's."""
-    if config:
-        kind = config.get("model_type")
-        if kind == "ti2v" or config.get("out_dim") == len(LATENTS_MEAN):
-            return OFFICIAL
-        return OFFICIAL_21_I2V if kind in ("i2v", "flf2v") else OFFICIAL_21
-    return (
-        OFFICIAL_21
-        if _find(folder, OFFICIAL_21.files["vae"]) and not _find(folder, OFFICIAL.files["vae"])
-        else OFFICIAL
-    )
+def _names(folder: Path) -> set[str]:
+    """Which files and folders of all layouts are there, folders with a slash at the end."""
+    files = {INDEX, *(name for layout in LAYOUTS for names in layout.files.values() for name in names)}
+    folders = {f"{name}/" for name in (*EXPERT_FOLDERS.values(), "transformer_2")}
+    return {name for name in files if (folder / name).is_file()} | {n for n in folders if (folder / n).is_dir()}
 
 
 def _find(folder: Path, names: tuple[str, ...]) -> Path | None:
@@ -325,7 +289,7 @@ def _read_configs(folder: Path, given: Mapping[str, Path]) -> tuple[dict[str, An
     if given.keys() >= set(NEEDED) or (nameless and "mlx_wan" not in config and has_parts(folder)):
         return {name: value for name, value in config.items() if name != "mlx_wan"}, {}, path, SINGLE_FILES
     config = _read_config(folder)
-    layout = layout_of(folder, config) or _official(folder, config)
+    layout = layout_of(folder, config) or official_layout((), config)
     path = folder / layout.configs["transformer"]
     return config, _native_extra(path, config), path, layout
 
