@@ -436,7 +436,10 @@ def _low_memory(args: argparse.Namespace, checkpoint: "Checkpoint", options: dic
     both = args.keep_both_experts
     setting = Setting(*size, dtype, max(pictures, bool(args.extend)), keep_both_experts=both, begins=begins)
     memory = sys.maxsize if args.ignore_plan else backend.usable_memory()
-    return choose(Dimensions.of_checkpoint(checkpoint), setting, backend.device_name(), memory).low_memory
+    plan = choose(Dimensions.of_checkpoint(checkpoint), setting, backend.device_name(), memory)
+    if 0 < plan.limit < mx.get_memory_limit():
+        mx.set_memory_limit(plan.limit)
+    return plan.low_memory
 
 
 def _check_memory(checkpoint: "Checkpoint", dtype: str | None, both_experts: bool, parallel: "Parallel") -> None:

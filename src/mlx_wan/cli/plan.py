@@ -34,14 +34,15 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> int:
-    from mlx_wan.memory.plan import gib, nearest, plans
+    from mlx_wan.memory.plan import gib, limited, nearest, plans
 
     model = _model(args)
     setting = _setting(args, model)
     device, memory = backend.device_name(), backend.usable_memory()
     needed = plans(model, setting, device)
     low_memory = needed[0].peak > memory
-    plan, fits = plans(model, setting, device, memory)[low_memory], needed[low_memory].peak <= memory
+    fits = needed[low_memory].peak <= memory
+    plan = limited(model, setting, device, memory, low_memory) if fits else needed[low_memory]
     packed = f", {model.quantization.bits} bits" if model.quantization else ""
     dtype = str(setting.dtype).removeprefix("mlx.core.")
     print(

@@ -102,10 +102,14 @@ class Stage:
 
 @dataclass(frozen=True)
 class Plan:
-    """The stages of a run in order; low_memory: whether parts leave memory when their work is done."""
+    """The stages of a run in order; low_memory: whether parts leave memory when their work is done.
+
+    limit: on CUDA, the bytes from which on MLX waits instead of working ahead (mx.set_memory_limit).
+    """
 
     stages: tuple[Stage, ...]
     low_memory: bool
+    limit: int = 0
 
     @property
     def peak(self) -> int:
@@ -137,7 +141,8 @@ def plans(model: Dimensions, setting: Setting, device: str, memory: int = 0) -> 
     def plan(held: dict[str, int], low_memory: bool) -> Plan:
         room = {name: memory - weights if device == "CUDA" else math.inf for name, weights in held.items()}
         work = _work(model, setting, device, room, low_memory)
-        return Plan(tuple(Stage(name, held[name], needed) for name, needed in work), low_memory)
+        limit = memory if device == "CUDA" else 0
+        return Plan(tuple(Stage(name, held[name], needed) for name, needed in work), low_memory, limit)
 
     return plan(dict.fromkeys(small, everything), False), plan(small, True)
 
@@ -148,16 +153,21 @@ def choose(model: Dimensions, setting: Setting, device: str, memory: int) -> Pla
     Raises UserError, with the nearest setting that fits, if neither does.
     """
     keeping, leaving = plans(model, setting, device)
-    if keeping.peak <= memory:
-        return plans(model, setting, device, memory)[0]
-    if leaving.peak <= memory:
-        return plans(model, setting, device, memory)[1]
+    if min(keeping.peak, leaving.peak) <= memory:
+        return limited(model, setting, device, memory, keeping.peak > memory)
     worst = max(leaving.stages, key=lambda stage: stage.peak)
     near = nearest(model, setting, device, memory)
     raise UserError(
         f"{worst.name} takes {gib(worst.peak)} ({gib(worst.weights)} of weights), and {gib(memory)} of memory can be "
         f"used: {near or 'no smaller setting fits either; use a larger machine'}"
     )
+
+
+def limited(model: Dimensions, setting: Setting, device: str, memory: int, low_memory: bool) -> Plan:
+    """A plan that fits, with the limit that makes it fit: MLX goes beyond one by the operation that it looks after."""
+    plan = plans(model, setting, device, memory)[low_memory]
+    beyond = plan.peak - memory
+    return plan if beyond <= 0 or device != "CUDA" else plans(model, setting, device, memory - beyond)[low_memory]
 
 
 def nearest(model: Dimensions, setting: Setting, device: str, memory: int) -> str | None:
