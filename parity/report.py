@@ -23,7 +23,6 @@ import small
 from mlx.utils import tree_flatten
 
 from mlx_wan.pipeline import WanPipeline
-from mlx_wan.schedulers import SCHEDULERS
 
 
 def groups():
@@ -35,7 +34,7 @@ def groups():
         for label, got, want in cases.vae(kind):
             yield f"{name}, {label}", [(label, got, want)]
     yield "Wan2.1 image encoder", list(cases.image_encoder())
-    for name in SCHEDULERS:
+    for name in ("unipc", "dpm++", "euler"):
         runs = [run for run in cases.scheduler_runs() if run.startswith(f"{name}/")]
         yield f"{name}, every step of {len(runs)} runs", [p for run in runs for p in list(cases.scheduler(run))[2:]]
     for task in ("t2v", "i2v"):
@@ -43,6 +42,10 @@ def groups():
             pairs = list(cases.run(task, solver))
             yield f"{task}, {solver}, six guided steps: final latents", pairs[-2:-1]
             yield f"{task}, {solver}, six guided steps: frames", pairs[-1:]
+    yield "given timesteps: dmd, euler and dpm++, every step of 4 runs", list(cases.few_step_samplers())
+    for task in ("t2v", "i2v"):
+        yield f"{task}, dmd, three steps without guidance: final latents", list(cases.few_step_run(task))[-1:]
+    yield "t2v-A14B, euler, four steps without guidance: final latents", cases.few_step_experts()[0][-1:]
     for kind in small.EXPERT_RUNS:
         with tempfile.TemporaryDirectory() as folder:
             pipe = WanPipeline.from_pretrained(checkpoint.write_official(Path(folder), f"small-{kind}"), mx.float32)

@@ -24,7 +24,7 @@ from mlx_wan.models.vae21 import VAE21Config, WanVAE21
 from mlx_wan.models.vae22 import FeatureCache, VAEConfig, WanVAE22
 from mlx_wan.pipeline import WanPipeline
 from mlx_wan.sampling import Condition, Expert, denoise
-from mlx_wan.schedulers import make_scheduler
+from mlx_wan.schedulers import DMD, make_scheduler
 from mlx_wan.text import Tokenizer, clean_prompt
 from mlx_wan.zoo import NEGATIVE_PROMPT
 
@@ -157,6 +157,56 @@ def scheduler(run: str) -> Iterator[Pair]:
         yield f"{run} step {i}", np.array(x), stored[f"{run}/latents"][i]
 
 
+def few_step_samplers() -> Iterator[Pair]:
+    """Samplers through timesteps that are given, with a fixed function in the model's place."""
+    for run, want in golden("few_steps").items():
+        name, _, listed = run.partition("/")
+        if name not in small.FEW_STEPS:
+            continue
+        sampler = make_scheduler(name, 1, 1.0, [float(t) for t in listed.split(",")])
+        if isinstance(sampler, DMD):
+            sampler.noise = lambda step, shape: mx.array(small.random(f"few_steps/noise/{step}", shape))
+        x, state = mx.array(small.random("schedulers", (1, 2, 3, 4, 5))), sampler.init()
+        for i, t in enumerate(sampler.timesteps):
+            x, state = sampler.step(mx.sin(1.7 * x + float(t) / 500) - 0.3 * x, x, state)
+            yield f"{run} step {i}", np.array(x), want[i]
+
+
+def few_step_context() -> mx.array:
+    tokens = small.few_step_input("context")
+    return mx.array(np.pad(tokens, [(0, small.T2V["text_len"] - len(tokens)), (0, 0)]))[None]
+
+
+def few_step_run(task: str) -> Iterator[Pair]:
+    """FastWan's three steps: from text, or from a first frame."""
+    model, context = load_small("transformer"), few_step_context()
+    sampler = DMD(3, timesteps=small.FEW_STEPS["dmd"][0])
+    sampler.noise = lambda step, shape: mx.array(small.few_step_noise(step, shape[-1]))
+    first = mx.array(small.few_step_input("frame")) if task == "i2v" else None
+    noise = mx.array(small.few_step_input("latents"))
+    steps = denoise(lambda _: Expert(model, 1.0), sampler, noise, context, context, Condition(first_frame=first))
+    for i, (got, want) in enumerate(zip(steps, golden("few_steps")[f"{task}/latents"], strict=True)):
+        yield f"latents after step {i + 1}", np.array(got.latents)[0], want
+
+
+def few_step_experts() -> tuple[list[Pair], list[bool]]:
+    """Lightning's four Euler steps over two experts without guidance, and which step the low-noise one took."""
+    parts = ("transformer", "transformer_2")
+    models, used = [load_small(part, "small-t2v-A14B") for part in parts], []
+
+    def expert_at(t: float) -> Expert:
+        used.append(t < 875)
+        return Expert(models[used[-1]], 1.0)
+
+    noise = mx.array(small.few_step_input("latents", 16))
+    steps = denoise(expert_at, make_scheduler("euler", 4, 5.0), noise, few_step_context(), few_step_context())
+    wanted = golden("few_steps")["experts/latents"]
+    pairs = [
+        (f"step {i + 1}", np.array(x.latents)[0], want) for i, (x, want) in enumerate(zip(steps, wanted, strict=True))
+    ]
+    return pairs, used
+
+
 def negative_prompt(task: str) -> str:
     return small.I2V_NEGATIVE_PROMPT if task == "i2v" else NEGATIVE_PROMPT
 
@@ -185,7 +235,7 @@ def run(task: str, solver: str) -> Iterator[Pair]:
         Condition(first_frame=first),
     )
     latents = None
-    for i, ((_, latents, _), want) in enumerate(zip(steps, stored[f"{task}/{solver}/latents"], strict=True)):
+    for i, ((_, latents, *_), want) in enumerate(zip(steps, stored[f"{task}/{solver}/latents"], strict=True)):
         yield f"latents after step {i + 1}", np.array(latents)[0], want
     yield "frames", np.array(vae.decode(latents))[0, :, ::4, ::4], stored[f"{task}/{solver}/frames"]
 

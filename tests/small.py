@@ -186,6 +186,12 @@ RUNS21 = {
         "shift": 16.0,
     },
 }
+# Timesteps that are given, by sampler; FastWan's first.
+FEW_STEPS = {
+    "dmd": ((1000, 757, 522), (1000, 850, 650, 500, 250)),
+    "euler": ((1000, 750, 500, 250),),
+    "dpm++": ((1000, 750, 500, 250),),
+}
 RUN_PROMPT = "Two small cats &amp; a red ring,  slowly turning"
 I2V_NEGATIVE_PROMPT = "blurry"
 
@@ -193,6 +199,17 @@ I2V_NEGATIVE_PROMPT = "blurry"
 def random(name: str, shape: tuple[int, ...]) -> np.ndarray:
     """Standard normal float32 numbers that depend on `name` and `shape` alone."""
     return np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape).astype(np.float32)
+
+
+def few_step_input(name: str, channels: int = 48) -> np.ndarray:
+    """Of the runs of a few steps: the noise "latents", the "context" of 11 tokens, or a first "frame"."""
+    shapes = {"latents": (1, 3, 4, 6, channels), "context": (11, 64), "frame": (1, 1, 4, 6, channels)}
+    return random(f"few_steps/{name}", shapes[name])
+
+
+def few_step_noise(step: int, channels: int) -> np.ndarray:
+    """What the prediction of a step gets in such a run."""
+    return random(f"few_steps/noise/{step}", (1, 3, 4, 6, channels))
 
 
 def weight(component: str, name: str, shape: tuple[int, ...]) -> np.ndarray:

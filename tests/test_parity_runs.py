@@ -105,3 +105,19 @@ def test_a_run_of_the_wan21_kind(kind, tmp_path):
     off = np.abs(frames - wanted)
     assert off.max() <= 1
     assert np.mean(off > 0) < 1e-3
+
+
+# --- a few steps ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", ["t2v", "i2v"])
+def test_a_distilled_model_s_three_steps(task):
+    errors = [cases.relative_error(got, want) for _, got, want in cases.few_step_run(task)]
+    assert len(errors) == 3
+    assert max(errors) < 1e-4, errors
+
+
+def test_four_steps_over_two_experts_without_guidance():
+    pairs, used = cases.few_step_experts()
+    assert used == cases.golden("few_steps")["experts/used"].tolist() == [False, False, True, True]
+    assert max(cases.relative_error(got, want) for _, got, want in pairs) < 1e-4

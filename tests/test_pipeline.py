@@ -52,6 +52,31 @@ def test_the_seed_that_was_drawn_makes_the_same_video(pipe):
     assert pipe("a cat", **SMALL, output_type="latent").seed != drawn.seed
 
 
+def test_listed_timesteps_take_the_place_of_steps_and_shift(pipe, noise):
+    size = {key: value for key, value in SMALL.items() if key != "num_inference_steps"}
+    seen = []
+    listed = {"timesteps": (1000, 757, 522), "scheduler": "dmd", "guidance_scale": 1.0}
+    out = pipe("a cat", **size, **listed, seed=3, callback=lambda *step: seen.append(step[:2]), output_type="latent")
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+    assert pipe.scheduler.timesteps.tolist() == [1000, 757, 522]
+    assert mx.array_equal(pipe("a cat", **size, **listed, seed=3, output_type="latent").latents, out.latents)
+    given = pipe("a cat", **size, **listed, latents=noise, output_type="latent")
+    again = pipe("a cat", **size, **listed, latents=noise, seed=given.seed, output_type="latent")
+    assert mx.array_equal(again.latents, given.latents), "the noise between steps follows from the seed that is told"
+    with pytest.raises(UserError, match="3 timesteps and 2 steps: give one or the other"):
+        pipe("a cat", **SMALL, **listed)
+    with pytest.raises(UserError, match="a list of timesteps has no shift"):
+        pipe("a cat", **size, **listed, shift=5.0)
+
+
+def test_without_guidance_the_negative_prompt_is_not_even_encoded(pipe, monkeypatch):
+    asked, encode = [], pipe.encode_prompt
+    monkeypatch.setattr(pipe, "encode_prompt", lambda text: asked.append(text) or encode(text))
+    plain = pipe("a cat", **SMALL, seed=3, guidance_scale=1, negative_prompt="blurry", output_type="latent")
+    assert asked == ["a cat"]
+    assert mx.array_equal(pipe("a cat", **SMALL, seed=3, guidance_scale=1, output_type="latent").latents, plain.latents)
+
+
 def test_given_noise_is_what_the_run_starts_from(pipe, noise):
     out = pipe("a cat", **SMALL, latents=noise, output_type="latent")
     assert (out.frames, out.seed) == (None, None)

@@ -1,6 +1,6 @@
 """From a prompt, or a prompt and a picture, to a video: the order of things, and who is in memory when."""
 
-import warnings
+import secrets
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,17 +11,18 @@ import numpy as np
 
 from mlx_wan import backend
 from mlx_wan.errors import UserError, WanError
-from mlx_wan.lora.fuse import QUANTIZED, Adapters, expert_part, merge
-from mlx_wan.lora.load import read_lora, transformer_shapes
+from mlx_wan.lora.fuse import Adapters
+from mlx_wan.lora.words import AdapterWords
 from mlx_wan.models.autoencoder import WanVAE
 from mlx_wan.models.clip import ImageEncoder
 from mlx_wan.models.transformer import WanTransformer
 from mlx_wan.models.umt5 import UMT5Encoder
 from mlx_wan.parallel.plan import ALONE, Parallel
-from mlx_wan.request import checked_start, noise_for, open_picture, or_default, text, whole
+from mlx_wan.request import checked_interval, checked_start, noise_for, open_picture, or_default, text, whole
 from mlx_wan.sampling import Condition, Expert, Point, denoise
 from mlx_wan.schedulers import Scheduler, make_scheduler
 from mlx_wan.schedulers.flow import TRAIN_TIMESTEPS
+from mlx_wan.step_cache import StepCache
 from mlx_wan.text import Tokenizer, clean_prompt
 from mlx_wan.text_cache import TextCache
 from mlx_wan.weights.load import (
@@ -82,9 +83,11 @@ class _Request:
     scheduler: Scheduler
     seed: int | None
     start: mx.array | Point  # noise, or where an earlier run stood
+    cache: StepCache | None
+    guidance_interval: tuple[float, float]  # noise levels
 
 
-class WanPipeline:
+class WanPipeline(AdapterWords):
     """Text, or text and a first frame, to video.
 
     Components are loaded when first needed. With `low_memory` the text encoder leaves memory once the prompt is
@@ -110,7 +113,7 @@ class WanPipeline:
         self.checkpoint, self.dtype, self.low_memory = checkpoint, dtype, low_memory
         self.keep_both_experts, self.parallel = keep_both_experts, parallel
         spec = checkpoint.spec
-        self.scheduler = make_scheduler(spec.scheduler, spec.num_inference_steps, spec.shift)
+        self.scheduler = make_scheduler(spec.scheduler, spec.num_inference_steps, spec.shift, spec.timesteps or None)
         self.tokenizer = Tokenizer(checkpoint.tokenizer, checkpoint.transformer_config.text_len)
         self._transformers: dict[str, WanTransformer] = {}
         self._adapters = Adapters()
@@ -249,6 +252,9 @@ class WanPipeline:
         callback: Callable[[int, int, mx.array], None] | None = None,
         last_image: "Image.Image | str | Path | None" = None,
         start: Point | None = None,
+        timesteps: Sequence[float] | None = None,
+        cache: float | None = None,
+        guidance_interval: Sequence[float] | None = None,
     ) -> PipelineOutput:
         """Makes a video. What is None is the model's own default (`spec`).
 
@@ -265,7 +271,7 @@ class WanPipeline:
             guidance_scale: 1 is no guidance, and half the work. With two experts one for both, or a pair (low noise,
                 high noise).
             shift: of the noise schedule.
-            scheduler: "unipc", "dpm++" or "euler".
+            scheduler: "unipc", "dpm++", "euler", or "dmd" for models distilled to a few steps.
             seed: of the noise, 0 to 2**64 - 1; None draws one.
             latents: the noise to start from (1, t, h, w, C), MLX or NumPy, instead of a seed.
             output_type: "latent" leaves the latents undecoded.
@@ -273,6 +279,10 @@ class WanPipeline:
             last_image: the last frame, as `image`; FLF2V models need one, I2V-A14B takes one.
             start: where an earlier run with the same arguments stood (`Event.point`, `resume.load_point`): the rest of
                 it is made, bit for bit.
+            timesteps: those to take, falling from at most 1000, in place of num_inference_steps and shift.
+            cache: a step whose velocity is expected to differ by less than this from the last one computed does
+                without the transformer, 0.1 for 10 %; None computes every step.
+            guidance_interval: (low, high), the noise levels from 0 to 1 between which there is guidance; None: all.
 
         Raises:
             UserError: a value that the model cannot take.
@@ -295,6 +305,9 @@ class WanPipeline:
             latents,
             last_image,
             start,
+            timesteps,
+            cache,
+            guidance_interval,
         )
         result, pieces = None, []
         for event in self._run(request, decode=output_type == "np"):
@@ -309,91 +322,18 @@ class WanPipeline:
         return PipelineOutput(frames, result, request.seed, self.spec.fps)
 
     def stream(self, prompt: str, **options: Any) -> Iterator[Event]:
-        """Makes a video as `__call__` does, with its arguments from image to latents, last_image and start, and yields
-        each `Event`.
+        """Makes a video as `__call__` does, with its arguments but output_type and callback; yields each `Event`.
 
         Frames come in pieces as they are decoded, so that no more than a piece of the video is in memory. The request
         is checked at once, not at the first event.
         """
         names = ("image", "negative_prompt", "width", "height", "num_frames", "num_inference_steps")
         names += ("guidance_scale", "shift", "scheduler", "seed", "latents", "last_image", "start")
+        names += ("timesteps", "cache", "guidance_interval")
         unknown = sorted(options.keys() - set(names))
         if unknown:
             raise TypeError(f"stream() got an unexpected keyword argument {unknown[0]!r}")
         return self._run(self._request(prompt, *(options.get(name) for name in names)), decode=True)
-
-    # --- adapters, in the words of diffusers -------------------------------------------------------------------------
-
-    def load_lora_weights(
-        self, path: str | Path, adapter_name: str | None = None, scale: float = 1.0, expert: str | None = None
-    ) -> str:
-        """Puts a LoRA beside the transformer's weights, together with those that are there already.
-
-        Args:
-            path: the file, of any dialect (docs/checkpoints.md), or the folder PEFT or diffusers wrote.
-            adapter_name: what `set_adapters` calls it; None takes the file's name.
-            scale: its strength; 1 is what it was trained for.
-            expert: of a model with two, "high" or "low" for a LoRA made for one of them; None for both.
-
-        Returns:
-            Its name.
-
-        Raises:
-            UserError: no such file, not a LoRA, or a name that is taken.
-            CheckpointError: the file is damaged, or made for another model.
-        """
-        if self.parallel.share_of_transformer < 1:
-            raise UserError(
-                "a LoRA cannot be added to weights that are spread (dit_fsdp); mlx-wan fuse adds it for good"
-            )
-        part = expert_part(self.checkpoint, expert)
-        lora = read_lora(path, transformer_shapes(self.checkpoint.transformer_config))
-        if lora.note:
-            warnings.warn(lora.note, stacklevel=2)
-        name = self._adapters.add(lora, adapter_name, scale, part)
-        self._apply_adapters()
-        return name
-
-    def set_adapters(self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float] = 1.0) -> None:
-        """Gives these adapters their strengths and turns the others off; no weight is read again.
-
-        Raises UserError for an unknown name, or another number of weights than of names.
-        """
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        single = isinstance(adapter_weights, int | float)
-        self._adapters.set(names, [adapter_weights] * len(names) if single else list(adapter_weights))
-        self._apply_adapters()
-
-    def get_active_adapters(self) -> dict[str, float]:
-        """Name -> strength of the adapters that have an effect."""
-        return {name: strength for name, strength in self._adapters.strengths.items() if strength}
-
-    def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
-        """Takes adapters away. Raises UserError for an unknown name."""
-        self._adapters.remove([adapter_names] if isinstance(adapter_names, str) else list(adapter_names))
-        self._apply_adapters()
-
-    def fuse_lora(self) -> None:
-        """Adds the adapters to the weights at their present strengths: no cost per step, and no change after.
-
-        Raises UserError if the model is quantized.
-        """
-        if self.checkpoint.quantization is not None:
-            raise UserError(QUANTIZED)
-        self._adapters.fused = True
-        for transformer in self._transformers.values():
-            merge(transformer)
-
-    def unload_lora_weights(self) -> None:
-        """Takes every adapter away; after `fuse_lora` the transformer is read again when it is needed."""
-        if self._adapters.fused:
-            self._release_transformers()
-        self._adapters.clear()
-        self._apply_adapters()
-
-    def _apply_adapters(self) -> None:
-        for part, transformer in self._transformers.items():
-            self._adapters.update(transformer, part)
 
     # --- the order of things -----------------------------------------------------------------------------------------
 
@@ -417,27 +357,34 @@ class WanPipeline:
         context, negative = yield from self._encode_texts(request)
         condition = yield from self._encode_image(request)
         return denoise(
-            lambda t: self._expert_at(t, request.guidance_scale),
+            lambda t: self._expert_at(t, request),
             request.scheduler,
             request.start,
             context,
             negative,
             condition,
             self.parallel.passes,
+            request.cache,
         )
 
-    def _expert_at(self, timestep: float, guidance_scale: tuple[float, float]) -> Expert:
+    def _expert_at(self, timestep: float, request: _Request) -> Expert:
         """The transformer for a timestep. They fall, so that two experts change places once in a run."""
-        low, high = guidance_scale
-        boundary, adapters = self.spec.boundary, tuple(self._adapters.strengths.items())
-        if boundary is None or timestep >= boundary * TRAIN_TIMESTEPS:
-            return Expert(self._load_transformer("transformer"), high, adapters)
-        return Expert(self._load_transformer("transformer_2"), low, adapters)
+        boundary, (least, most) = self.spec.boundary, request.guidance_interval
+        number = 0 if boundary is None or timestep >= boundary * TRAIN_TIMESTEPS else 1
+        guided = least <= timestep / TRAIN_TIMESTEPS <= most
+        scale = request.guidance_scale[1 - number] if guided else 1.0  # (low noise, high noise)
+        return Expert(
+            self._load_transformer(("transformer", "transformer_2")[number]),
+            scale,
+            tuple(self._adapters.strengths.items()),
+            number,
+        )
 
     def _encode_texts(self, request: _Request) -> Generator[Event, None, tuple[mx.array, mx.array]]:
         context = self._padded(self.encode_prompt(request.prompt))
         yield Event("text", 1, 2)
-        negative = self._padded(self.encode_prompt(request.negative_prompt))
+        guided = request.guidance_scale != (1, 1)
+        negative = self._padded(self.encode_prompt(request.negative_prompt)) if guided else context  # which is not read
         yield Event("text", 2, 2)
         if self.low_memory:
             self._text_encoder = None
@@ -500,6 +447,9 @@ class WanPipeline:
         latents: mx.array | None,
         last_image: "Image.Image | str | Path | None" = None,
         start: Point | None = None,
+        timesteps: Sequence[float] | None = None,
+        cache: float | None = None,
+        guidance_interval: Sequence[float] | None = None,
     ) -> _Request:
         spec = self.spec
         given = [open_picture(each) for each in (image if isinstance(image, list | tuple) else [image])]
@@ -513,12 +463,19 @@ class WanPipeline:
         pictures = dict(enumerate(first)) | ({} if last is None else {num_frames - 1: last})
         if last is not None and num_frames == 1:
             raise UserError("num_frames is 1; a first and a last frame need more")
-        shape, seed = self._latent_shape(width, height, num_frames), whole("seed", seed)
+        solver, seed = or_default(scheduler, spec.scheduler), whole("seed", seed)
+        if solver == "dmd" and cache is not None:
+            raise UserError("cache: dmd adds new noise after every step, so no velocity is like the one before")
+        if solver == "dmd" and seed is None:
+            seed = secrets.randbelow(2**32)  # of the noise between the steps, if not of the first
+        shape = self._latent_shape(width, height, num_frames)
         noise, seed = noise_for(latents, seed, shape) if start is None else (checked_start(start, latents, shape), seed)
         self.scheduler = make_scheduler(
-            or_default(scheduler, spec.scheduler),
+            solver,
             or_default(num_inference_steps, spec.num_inference_steps),
             or_default(shift, spec.shift_for(width, height)),
+            spec.check_timesteps(timesteps, num_inference_steps, shift),
+            seed or 0,
         )
         return _Request(
             text("prompt", prompt),
@@ -531,6 +488,8 @@ class WanPipeline:
             self.scheduler,
             seed,
             noise,
+            None if cache is None else StepCache(cache, self.parallel.agree),
+            checked_interval(guidance_interval),
         )
 
     def _size(self, width: int | None, height: int | None, picture: "Image.Image | None") -> tuple[int, int]:

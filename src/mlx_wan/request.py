@@ -1,6 +1,8 @@
 """What a caller asks of the pipeline: values checked one by one, and filled in where they were left out."""
 
+import numbers
 import secrets
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -65,6 +67,18 @@ def noise_for(latents: mx.array | None, seed: int | None, shape: tuple[int, ...]
     if not mx.isfinite(latents).all().item():
         raise UserError("latents hold NaN or infinite values; they must be noise of mean 0 and variance 1")
     return latents, seed
+
+
+def checked_interval(interval: Sequence[float] | None) -> tuple[float, float]:
+    """The noise levels (low, high) between which there is guidance; all of them for None. UserError for others."""
+    if interval is None:
+        return 0.0, 1.0
+    if len(interval) != 2 or not all(isinstance(level, numbers.Real) for level in interval):
+        raise UserError(f"guidance_interval is {interval!r}; give two noise levels")
+    low, high = interval
+    if not 0 <= low < high <= 1:
+        raise UserError(f"guidance_interval is {low:g}, {high:g}; give two noise levels, 0 <= low < high <= 1")
+    return float(low), float(high)
 
 
 def checked_start(start: Point, latents: mx.array | None, shape: tuple[int, ...]) -> Point:

@@ -12,6 +12,7 @@ from mlx.utils import tree_map_with_path
 from mlx_wan.errors import CheckpointError, UserError
 from mlx_wan.sampling import Point
 from mlx_wan.schedulers import Scheduler
+from mlx_wan.step_cache import nothing_kept
 from mlx_wan.weights.files import read_metadata, read_tensors
 from mlx_wan.weights.whole import is_whole, write_arrays
 
@@ -42,19 +43,17 @@ def read_record(path: str | Path) -> dict[str, Any]:
     return _read(Path(path))["record"]
 
 
-def load_point(path: str | Path, scheduler: Scheduler) -> Point:
-    """The point in a file, for the scheduler it was made with. Raises as `read_record`."""
+def load_point(path: str | Path, scheduler: Scheduler, cached: bool = False) -> Point:
+    """The point in a file, for the scheduler it was made with, with a step cache or not. Raises as `read_record`."""
     path = Path(path)
     step, tensors = _read(path)["step"], read_tensors(path)
     tensors = {name: info for name, info in tensors.items() if not name.startswith(DONE)}
     if step > len(scheduler.timesteps):
         raise CheckpointError(f"{path}: is after step {step}, and the run has {len(scheduler.timesteps)}")
-    like = expected(scheduler, step)
-    latents = tensors.get("latents")
-    fitting = latents is not None and all(
-        info.shape == latents.shape and info.dtype == "float32" for info in tensors.values()
-    )
-    if not fitting or tensors.keys() != arrays_of(like).keys():
+    shape = tensors["latents"].shape if "latents" in tensors else ()
+    like = expected(scheduler, step, shape, cached)
+    wanted = {name: (array.shape, "float32") for name, array in arrays_of(like).items()}
+    if not shape or {name: (info.shape, info.dtype) for name, info in tensors.items()} != wanted:
         raise CheckpointError(f"{path}: does not hold the state of this sampler after step {step}; start again")
     arrays = {name: info.load() for name, info in tensors.items()}
     return with_arrays(like, arrays)
@@ -69,12 +68,12 @@ def load_done(path: str | Path) -> list[mx.array]:
     return [tensors[f"{DONE}{number}"].load() for number in range(len(tensors))]
 
 
-def expected(scheduler: Scheduler, step: int) -> Point:
-    """A point of a scheduler after so many steps, as trees of arrays go; its values mean nothing."""
-    latents, state = mx.zeros(1), scheduler.init()
+def expected(scheduler: Scheduler, step: int, shape: tuple[int, ...] = (1,), cached: bool = False) -> Point:
+    """A point after so many steps on latents of `shape`, as trees of arrays go; its values mean nothing."""
+    latents, state = mx.zeros(shape), scheduler.init()
     for _ in range(step):
         latents, state = scheduler.step(latents, latents, state)
-    return Point(step, latents, state)
+    return Point(step, latents, state, nothing_kept(shape) if cached else None)
 
 
 def with_arrays(point: Point, arrays: dict[str, mx.array]) -> Point:
@@ -95,9 +94,10 @@ def arrays_of(point: Point) -> dict[str, mx.array]:
 
 
 def _name(place: str) -> str:
-    """The name in a file of what lies at a place in the tree: 1 are the latents, 2.i the state's i-th field."""
+    """The name in a file of what lies at a place in the tree: 1 are the latents, 2.i the state's i-th field,
+    3.i the step cache's."""
     first, _, rest = place.partition(".")
-    return {"1": "latents", "2": "state"}[first] + (f".{rest}" if rest else "")
+    return {"1": "latents", "2": "state", "3": "kept"}[first] + (f".{rest}" if rest else "")
 
 
 def _read(path: Path) -> dict[str, Any]:

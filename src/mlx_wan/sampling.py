@@ -10,6 +10,7 @@ import mlx.core as mx
 from mlx_wan.errors import WanError
 from mlx_wan.models.transformer import Text, WanTransformer
 from mlx_wan.schedulers import Scheduler
+from mlx_wan.step_cache import Kept, StepCache, computed, reused
 
 LEAST_VARIANCE = 1e-8  # of latents; theirs is about 1
 
@@ -20,11 +21,13 @@ def initial_noise(shape: tuple[int, ...], seed: int) -> mx.array:
 
 
 class Expert(NamedTuple):
-    """What works at a step: a transformer, the scale of its guidance, and the strengths of its adapters, if any."""
+    """What works at a step: a transformer, the scale of its guidance, the strengths of its adapters, if any, and which
+    of the model's transformers it is."""
 
     transformer: WanTransformer
     guidance_scale: float
     adapters: tuple[tuple[str, float], ...] = ()
+    number: int = 0
 
 
 class _Reader:
@@ -38,7 +41,8 @@ class _Reader:
         known = self._transformer is not None and self._transformer() is expert.transformer
         if not known or self._adapters != expert.adapters:
             self._transformer, self._adapters = weakref.ref(expert.transformer), expert.adapters
-            self._texts = [expert.transformer.read(context) for context in self._contexts]
+            read = {id(context): expert.transformer.read(context) for context in self._contexts}  # which may be one
+            self._texts = [read[id(context)] for context in self._contexts]
         return self._texts
 
 
@@ -62,12 +66,13 @@ class Condition:
 class Point(NamedTuple):
     """Where a run stands: with it, the rest of the run follows from what the run was given.
 
-    step: steps taken. latents: (B, t, h, w, C) normalised. state: the scheduler's.
+    step: steps taken. latents: (B, t, h, w, C) normalised. state: the scheduler's. kept: what a step cache remembers.
     """
 
     step: int
     latents: mx.array
     state: Any
+    kept: Kept | None = None
 
 
 # (velocity for a context, context, negative context) -> both velocities
@@ -117,6 +122,7 @@ def denoise(
     negative_context: mx.array,
     condition: Condition = Condition(),
     passes: Passes = one_after_the_other,
+    cache: StepCache | None = None,
 ) -> Generator[Point, None, None]:
     """Yields the point after each step, its latents evaluated and found finite; the last are the result.
 
@@ -126,33 +132,48 @@ def denoise(
         start: noise (B, t, h, w, C), float32; or the point of an earlier run to go on from.
         context, negative_context: (B, text_len, text_dim), zeros after the text.
         passes: how the two velocities of guidance come about.
+        cache: which steps do without the transformer; None: no step does.
 
     Raises WanError when a step gives values that are not finite, or all the same.
     """
     if not isinstance(start, Point):
         start = Point(0, _with_first(start, condition.first_frame), scheduler.init())
-    done, latents, state = start
-    batch, frames = latents.shape[:2]
+    done, latents, state, kept = start
+    given = 0 if condition.first_frame is None else condition.first_frame.shape[1]
     reader = _Reader(context, negative_context)
     for step, t in enumerate(scheduler.timesteps.tolist()[done:], start=done + 1):
-        timesteps = mx.full((batch, frames), t, dtype=mx.float32)
-        if condition.first_frame is None:
-            timesteps = timesteps[:, :1]
+        expert, is_last = expert_at(t), step == len(scheduler.timesteps)
+        about = float(scheduler.sigmas[step - 1]), expert.guidance_scale, expert.number
+        if cache is not None and kept is not None and not is_last and cache.reuses(kept, *about):
+            velocity, kept = reused(kept, about[0])
         else:
-            timesteps[:, : condition.first_frame.shape[1]] = 0
-        inputs = latents if condition.channels is None else mx.concatenate([latents, condition.channels], axis=-1)
-        velocity = _velocity(expert_at(t), reader, inputs, timesteps, condition.image, passes)
+            inputs, timesteps = _inputs(latents, t, condition)
+            velocity = _velocity(expert, reader, inputs, timesteps, condition.image, passes)
+            if cache is not None:
+                kept = computed(kept, velocity, *about, given)
+        del expert
         latents, state = scheduler.step(velocity, latents, state)
         latents = _with_first(latents, condition.first_frame)
-        mx.eval(latents)
+        mx.eval(latents, *(kept or ()))
         _check(latents, step, len(scheduler.timesteps))
-        yield Point(step, latents, state)
+        yield Point(step, latents, state, kept)
+
+
+def _inputs(latents: mx.array, t: float, condition: Condition) -> tuple[mx.array, mx.array]:
+    """What the transformer is given at a timestep: latents with the channels beside them, and timesteps."""
+    timesteps = mx.full(latents.shape[:2], t, dtype=mx.float32)
+    if condition.first_frame is None:
+        timesteps = timesteps[:, :1]
+    else:
+        timesteps[:, : condition.first_frame.shape[1]] = 0
+    inputs = latents if condition.channels is None else mx.concatenate([latents, condition.channels], axis=-1)
+    return inputs, timesteps
 
 
 def _velocity(
     expert: Expert, reader: _Reader, inputs: mx.array, timesteps: mx.array, image: mx.array | None, passes: Passes
 ) -> mx.array:
-    """`guided_velocity`; of a function, so that `denoise` keeps no reference to the expert."""
+    """`guided_velocity` of the texts as this expert reads them."""
     context, negative_context = reader.texts(expert)
     return guided_velocity(expert, inputs, timesteps, context, negative_context, image, passes)
 

@@ -6,7 +6,7 @@ and, for Wan2.1, from `wan/configs` and `generate.py` of Wan-Video/Wan2.1. Nothi
 
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -66,6 +66,7 @@ class ModelSpec:
         shift_480p: the default shift up to the area of 832x480; None for the same.
         takes_last: whether a picture may be given as the last frame too.
         boundary: share of the 1000 timesteps from which on the high-noise expert works; None for one transformer.
+        timesteps: those it was distilled for and is sampled at, in place of steps and shift; () for any.
     """
 
     name: str
@@ -86,6 +87,7 @@ class ModelSpec:
     shift_480p: float | None = None
     takes_last: bool = False
     boundary: float | None = None
+    timesteps: tuple[float, ...] = ()
 
     @property
     def traits(self) -> tuple[str, str, bool]:
@@ -118,9 +120,25 @@ class ModelSpec:
             raise UserError(f"guidance_scale is {scale!r}; it must be a number")
         return float(low), float(high)
 
+    def check_timesteps(
+        self, timesteps: Sequence[float] | None, num_inference_steps: int | None, shift: float | None
+    ) -> tuple[float, ...] | None:
+        """The timesteps to take: those given or, if nothing else is, the model's own; None for steps and shift.
+
+        UserError for a list beside a shift or another number of steps.
+        """
+        if timesteps is None:
+            return self.timesteps if self.timesteps and num_inference_steps is None and shift is None else None
+        if num_inference_steps not in (None, len(timesteps)):
+            raise UserError(f"{len(timesteps)} timesteps and {num_inference_steps} steps: give one or the other")
+        if shift is not None:
+            raise UserError("a list of timesteps has no shift: give one or the other")
+        return tuple(timesteps)
+
     def sampling(self) -> dict[str, Any]:
         """The defaults that a native config.json records."""
-        return {name: getattr(self, name) for name in SAMPLING_TYPES}
+        listed = {"timesteps": self.timesteps} if self.timesteps else {}
+        return {name: getattr(self, name) for name in SAMPLING_TYPES} | listed
 
     def with_sampling(self, values: Mapping[str, Any]) -> "ModelSpec":
         """This model with other defaults, whose keys are those of `sampling()`."""
@@ -138,6 +156,15 @@ SAMPLING_TYPES: dict[str, type] = {
     "shift": float,
     "scheduler": str,
     "negative_prompt": str,
+}
+# What models distilled to a few steps have besides: `ModelSpec.timesteps`.
+DISTILLED = ("timesteps",)
+# How FastVideo samples its FastWan models.
+FASTWAN: dict[str, Any] = {
+    "scheduler": "dmd",
+    "timesteps": (1000, 757, 522),
+    "num_inference_steps": 3,
+    "guidance_scale": 1.0,
 }
 
 _SIZES_14B = ((1280, 720), (720, 1280), (832, 480), (480, 832))

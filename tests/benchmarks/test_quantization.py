@@ -23,7 +23,7 @@ def test_every_mode_is_measured_on_the_embedded_model(capsys):
     assert len(modes) == len(quantization.WAYS) == 5
     bytes_, errors = {m[0]: float(m[1]) for m in modes}, {m[0]: float(m[3]) for m in modes}
     assert all(0 < size < 0.5 * float(exact[1]) for size in bytes_.values())
-    assert errors["affine, 8 bits, groups of 64"] < 0.02 < errors["affine, 4 bits, groups of 64"] < 0.5
+    assert errors["affine, 8 bits, groups of 32"] < 0.02 < errors["affine, 4 bits, groups of 32"] < 0.5
 
 
 def test_the_true_size_at_toy_size(capsys, monkeypatch):

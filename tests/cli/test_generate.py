@@ -204,7 +204,7 @@ def test_default_names_never_meet_a_file_that_is_there(folder, monkeypatch):
         ("--task animate-14B", "--task animate-14B is not supported; use one of ti2v-5B, t2v-A14B, i2v-A14B"),
         ("--task t2v", "--task t2v is unknown; use one of ti2v-5B, t2v-A14B, i2v-A14B"),
         ("--sample_guide_scale 3,4", "guidance_scale is (3.0, 4.0); a pair (low noise, high noise) is for models of"),
-        ("--sample_guide_scale 3,x", "argument --sample_guide_scale/--guidance: '3,x' is not a number, or two"),
+        ("--sample_guide_scale 3,x", "argument --sample_guide_scale/--guidance: '3,x' is not a number, or some"),
         ("--image absent.png", "absent.png: no such picture file"),
         ("--image text.png", "text.png: is not a picture"),
         ("--image cut.png", "cut.png: the picture is damaged or cut short"),

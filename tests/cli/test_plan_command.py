@@ -37,6 +37,13 @@ def test_a_released_model_needs_no_files_and_may_not_fit(capsys, monkeypatch):
     assert float(re.search(r"text +([\d.]+)", packed)[1]) < 0.8 * float(re.search(r"text +([\d.]+)", out)[1])
 
 
+@pytest.mark.parametrize(("bits", "mode"), [("4", "mxfp4"), ("8", "mxfp8"), ("4", "nvfp4")])
+def test_every_way_of_packing_can_be_planned(capsys, bits, mode):
+    code, out, _ = plan(capsys, "--frame-num", "5", "-q", bits, "--q-mode", mode)
+    assert code == 0
+    assert f", {bits} bits, " in out
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

@@ -50,6 +50,36 @@ def test_info_shows_what_a_video_carries(first, capsys):
     assert capsys.readouterr().err == "error: photo.png: carries no settings of mlx-wan\n"
 
 
+def test_a_run_of_listed_timesteps_is_repeated_and_changed(folder, capsys):
+    line = ["--prompt", "a red circle", "--seed", "3", "--guidance", "1", "--frame_num", "5"]
+    line += ["--sample_timesteps", "1000,757,522", "--sample_solver", "dmd"]
+    assert main(["generate", *line, "-o", "listed.mp4"]) == 0
+    facts = read_settings(folder / "listed.mp4")
+    assert (facts["timesteps"], facts["num_inference_steps"], facts["scheduler"]) == ([1000, 757, 522], 3, "dmd")
+    assert "shift" not in facts
+    assert main(["generate", "--from", "listed.mp4", "-o", "again.mp4"]) == 0
+    assert (folder / "again.mp4").read_bytes() == (folder / "listed.mp4").read_bytes()
+    for number, change in enumerate((["--steps", "2"], ["--timesteps", "1000,500"])):
+        assert main(["generate", "--from", "listed.mp4", *change, "-o", f"{number}.mp4"]) == 0
+        facts = read_settings(folder / f"{number}.mp4")
+        assert facts["num_inference_steps"] == 2
+        assert facts.get("timesteps") == (None if number == 0 else [1000, 500])
+    capsys.readouterr()
+
+
+def test_dials_are_kept_with_the_video(folder, capsys):
+    line = ["--prompt", "a red circle", "--seed", "3", "--steps", "12", "--frame_num", "5"]
+    line += ["--cache", "0.1", "--guidance_interval", "0.2", "0.9"]
+    assert main(["generate", *line, "-o", "dials.mp4"]) == 0
+    assert "of 12 steps did without the transformer" in capsys.readouterr().err
+    facts = read_settings(folder / "dials.mp4")
+    assert (facts["cache"], facts["guidance_interval"]) == (0.1, [0.2, 0.9])
+    assert main(["generate", "--from", "dials.mp4", "-o", "again.mp4"]) == 0
+    assert (folder / "again.mp4").read_bytes() == (folder / "dials.mp4").read_bytes()
+    assert main(["generate", "--from", "dials.mp4", "--cache", "2", "-o", "other.mp4"]) == 2
+    assert "cache is 2.0; give a relative change between 0 and 1" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("source", ["first.mp4", "first.mp4.json"])
 def test_from_repeats_the_run_to_the_byte(first, capsys, source):
     capsys.readouterr()

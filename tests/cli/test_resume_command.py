@@ -79,6 +79,7 @@ def test_a_stopped_run_goes_on_to_the_same_file(folder, capsys, sign, code):
         ("small", ("--image", "photo.png", "--sample_solver", "dpm++")),
         ("small-t2v-A14B", ("--sample_solver", "euler", "--guidance", "2,3")),
         ("small-i2v-A14B", ("--image", "photo.png", "--last_frame", "photo.png")),
+        ("small", ("--sample_solver", "dmd", "--timesteps", "1000,900,757,600,522", "--guidance", "1")),
     ],
 )
 def test_of_every_kind_by_the_file_alone(folder, monkeypatch, kind, flags):

@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
 def alone(folder):
     """What one process makes, without and with a picture."""
     pipe = mlx_wan.WanPipeline.from_pretrained(folder)
-    runs = {way: np.array(one_rank.run(pipe, way)) for way in ("tokens", "image")}
+    runs = {way: np.array(one_rank.run(pipe, way)) for way in ("tokens", "image", "cache")}
     return runs | {"timesteps": np.array(one_rank.velocity(pipe))}
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from mlx_wan.errors import UserError
-from mlx_wan.schedulers import SCHEDULERS, make_scheduler
+from mlx_wan.schedulers import DMD, SCHEDULERS, make_scheduler
 
 STEPS = (1, 2, 3, 6, 20, 50)
 SHIFTS = (1.0, 3.0, 5.0, 8.0, 12.0)
@@ -41,7 +41,7 @@ def test_levels_fall_from_one_to_zero(name, steps, shift):
     assert np.all((behind > -1e-4) & (behind < 1 + 1e-4))
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("name", [name for name in SCHEDULERS if name != "dmd"])  # which adds noise of its own
 @pytest.mark.parametrize("shift", SHIFTS)
 @pytest.mark.parametrize("steps", STEPS)
 def test_a_straight_flow_is_followed_exactly(name, steps, shift):
@@ -145,3 +145,43 @@ def test_the_largest_run(name):
         x, state = s.step((x - target) / float(sigma), x, state)
         mx.eval(x)
     np.testing.assert_allclose(np.array(x), np.array(target), rtol=0, atol=1e-4)
+
+
+# --- timesteps that are given ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["dpm++", "euler", "dmd"])
+def test_given_timesteps_are_the_levels(name):
+    s = make_scheduler(name, 50, 5.0, (1000, 757, 522.5))
+    np.testing.assert_array_equal(s.timesteps, np.array([1000, 757, 522.5], np.float32))
+    np.testing.assert_array_equal(s.sigmas, np.array([1, 0.757, 0.5225, 0], np.float32))
+
+
+@pytest.mark.parametrize(
+    "timesteps",
+    [(), (1001, 500), (1000, 0), (500, 757), (757, 757), (1000, float("nan")), (1000, "757"), (True,), (-1,)],
+)
+def test_other_lists_are_refused(timesteps):
+    with pytest.raises(UserError, match="give numbers that fall, from at most 1000 to above 0"):
+        make_scheduler("euler", 1, 1.0, timesteps)
+
+
+def test_unipc_takes_no_list():
+    with pytest.raises(UserError, match=r"unipc takes no list of timesteps; choose one of dpm\+\+, euler, dmd"):
+        make_scheduler("unipc", 3, 5.0, (1000, 757))
+
+
+def test_dmd_noises_its_prediction_anew():
+    s = DMD(3, timesteps=(1000, 757, 522), seed=5)
+    shape, clean = (1, 2, 8, 8, 16), noise(3, (1, 2, 8, 8, 16))
+    first, _ = s.step(mx.zeros(shape), mx.array(clean), s.init())
+    added = (np.array(first) - (1 - 0.757) * clean) / 0.757
+    assert abs(added.mean()) < 0.1
+    assert abs(added.std() - 1) < 0.1
+    # what another start gets there is the same noise, another step's and another seed's are not
+    for other, same in ((s.noise(0, shape), True), (s.noise(1, shape), False)):
+        assert np.allclose(other, added, atol=1e-5) == same
+    assert not np.allclose(DMD(3, timesteps=(1000, 757, 522), seed=6).noise(0, shape), added, atol=1e-2)
+    assert not np.allclose(mx.random.normal(shape, key=mx.random.key(5)), added, atol=1e-2), "the run began with it"
+    *_, last = run(s, mx.array(noise(1)), lambda x, sigma: (x - mx.array(noise(2))) / sigma)
+    np.testing.assert_allclose(last, noise(2), atol=1e-5)

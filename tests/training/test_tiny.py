@@ -58,6 +58,28 @@ def test_both_stages_make_a_model_that_the_pipeline_runs(stages, tmp_path):
     assert (pipe("a blue star", seed=1).latents != out.latents).any().item(), "the prompt has a say"
 
 
+def test_a_run_goes_on_from_a_finished_model(stages, tmp_path):
+    _, model, logs = stages
+    two = recipe(tmp_path, toy.TRANSFORMER)
+    first = {}
+    again = tiny.train_transformer(
+        two, None, tmp_path / "run", False, lambda row: first.setdefault(row["step"], row), model
+    )
+    assert first[1]["loss"] < logs[1][0]["loss"], "it starts where the other ended, on the same batch"
+    tensors = [mx.load(str(folder / "vae.safetensors")) for folder in (model, again)]
+    assert all((tensors[0][name] == tensors[1][name]).all().item() for name in tensors[0]), "the autoencoder stays"
+
+
+def test_a_model_of_other_dimensions_is_no_start(stages, tmp_path):
+    other = recipe(
+        tmp_path, toy.changed(toy.TRANSFORMER, transformer={**toy.TRANSFORMER["transformer"], "num_layers": 3})
+    )
+    with pytest.raises(UserError, match="has another transformer than the recipe"):
+        tiny.train_transformer(other, None, tmp_path / "run", False, ignore, stages[1])
+    with pytest.raises(UserError, match="give the folder of an autoencoder or a model"):
+        tiny.train_transformer(recipe(tmp_path, toy.TRANSFORMER), None, tmp_path / "run", False, ignore)
+
+
 def test_image_to_video_on_it_keeps_the_pictures_latent(stages):
     from PIL import Image
 
@@ -205,7 +227,7 @@ def kill(*_):
 
 def saving(*arguments):
     if when and arguments[1] >= when and where == "save":
-        checkpoint.os.fsync = kill  # the file is written but has no name yet
+        os.fsync = kill  # the file is written but has no name yet
     return checkpoint.save_state(*arguments)
 
 def report(row):

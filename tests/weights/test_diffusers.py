@@ -37,6 +37,22 @@ def test_the_vaes_own_statistics(folder):
     assert locate(folder).vae_config.latents_mean == (0.5,) * 48
 
 
+def test_a_distilled_repository_is_sampled_as_it_was_distilled(folder, tmp_path):
+    """FastVideo's FastWan models, which only their pipeline's name tells from others; the native layout keeps it."""
+    checkpoints.edit_json(folder / "model_index.json", _class_name="WanDMDPipeline")
+    for path in (folder, convert(folder, tmp_path / "native", mx.float32)):
+        spec = locate(path).spec
+        assert (spec.scheduler, spec.timesteps, spec.guidance_scale) == ("dmd", (1000, 757, 522), 1.0)
+        assert spec.check_timesteps(None, None, None) == (1000, 757, 522)
+        assert spec.check_timesteps(None, 8, None) is None, "steps that are asked for count"
+    for wrong in ([500, 600], 5, ["x"]):
+        config = json.loads((tmp_path / "native" / "config.json").read_text())
+        config["mlx_wan"]["sampling"]["timesteps"] = wrong
+        (tmp_path / "native" / "config.json").write_text(json.dumps(config))
+        with pytest.raises(CheckpointError, match=r"mlx_wan.sampling.timesteps cannot be"):
+            locate(tmp_path / "native")
+
+
 @pytest.mark.parametrize(
     ("file", "changes", "message"),
     [

@@ -11,7 +11,7 @@ from mlx_wan.zoo import MODELS
 
 TASKS = tuple(name for name, spec in MODELS.items() if spec.hub_id)
 FILES = settings.PARTS
-SOLVERS = ("unipc", "dpm++", "euler")
+SOLVERS = ("unipc", "dpm++", "euler", "dmd")
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
@@ -79,6 +79,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     how.add_argument("--sample_solver", "--scheduler", choices=SOLVERS, help="the sampler")
     how.add_argument("--sample_steps", "--steps", type=int, metavar="N", help="denoising steps")
+    how.add_argument(
+        "--sample_timesteps",
+        "--timesteps",
+        type=_numbers,
+        metavar="T,T,...",
+        help="these timesteps instead of steps and shift, such as 1000,757,522",
+    )
     how.add_argument("--sample_shift", "--shift", type=float, metavar="X", help="shift of the noise schedule")
     how.add_argument(
         "--sample_guide_scale",
@@ -86,6 +93,19 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         type=_guidance,
         metavar="X",
         help="guidance; 1 is none; LOW,HIGH noise for a model of two experts",
+    )
+    how.add_argument(
+        "--guidance_interval",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="guidance between these noise levels alone, from 0 (clean) to 1 (noise)",
+    )
+    how.add_argument(
+        "--cache",
+        type=float,
+        metavar="X",
+        help="skip the transformer while its answer is expected to change by less, such as 0.1 (default: never)",
     )
     how.add_argument(
         "--keep_both_experts",
@@ -110,9 +130,13 @@ def _boolean(text: str) -> bool:
     return words[text.lower()]
 
 
-def _guidance(text: str) -> float | tuple[float, ...]:
+def _numbers(text: str) -> tuple[float, ...]:
     try:
-        numbers = tuple(float(number) for number in text.split(","))
+        return tuple(float(number) for number in text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number, or two with a comma between them") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number, or some with commas between them") from None
+
+
+def _guidance(text: str) -> float | tuple[float, ...]:
+    numbers = _numbers(text)
     return numbers[0] if len(numbers) == 1 else numbers

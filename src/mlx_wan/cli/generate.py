@@ -259,7 +259,9 @@ def _make(
                     writer.write(args.before)
                 behind = stack.enter_context(Behind(writer))
             progress.stage("text")
+            reused = 0
             for event in events:
+                reused += bool(event.point and event.point.kept and event.point.kept.skipped)
                 if keeper is not None:
                     keeper.saw(event)
                 if event.stage == "denoise" and previews:
@@ -267,6 +269,8 @@ def _make(
                 _follow(event, progress, behind, with_image=bool(args.image or args.extend))
         if args.save_settings and is_first:
             save_settings(settings_path(path), facts)
+    if args.cache is not None:
+        _note(f"--cache: {reused} of {options['num_inference_steps']} steps did without the transformer")
     return progress.seconds
 
 
@@ -351,6 +355,10 @@ def _check_task(task: str | None, checkpoint: "Checkpoint") -> None:
 
 def _options(args: argparse.Namespace, checkpoint: "Checkpoint", image: Any) -> dict[str, Any]:
     """The pipeline's arguments, with the model's own values where nothing was asked for."""
+    from mlx_wan.request import checked_interval
+    from mlx_wan.schedulers import make_scheduler
+    from mlx_wan.step_cache import StepCache
+
     spec = checkpoint.spec
     width, height = _size(args, checkpoint, image)
     frames = spec.num_frames if args.frame_num is None else args.frame_num
@@ -360,16 +368,31 @@ def _options(args: argparse.Namespace, checkpoint: "Checkpoint", image: Any) -> 
     if frames < 1 or (frames - 1) % stride:
         near = max(round((frames - 1) / stride), 0) * stride + 1
         raise UserError(f"--frame_num {frames}: must be {stride}n+1, for instance {near}")
+    timesteps = spec.check_timesteps(args.sample_timesteps, args.sample_steps, args.sample_shift)
+    levels = {
+        "num_inference_steps": args.sample_steps or spec.num_inference_steps,
+        "shift": args.sample_shift or spec.shift_for(width, height),
+    }
+    if timesteps is not None:
+        levels = {"num_inference_steps": len(timesteps), "timesteps": timesteps}
+    solver = args.sample_solver or spec.scheduler
+    dials: dict[str, Any] = {}
+    if args.guidance_interval is not None:
+        dials["guidance_interval"] = checked_interval(args.guidance_interval)
+    if args.cache is not None:
+        StepCache(args.cache)
+        dials["cache"] = args.cache
+    make_scheduler(solver, levels["num_inference_steps"], levels.get("shift", 1.0), timesteps)
     return {
         "image": image,
         "negative_prompt": spec.negative_prompt if args.negative_prompt is None else args.negative_prompt,
         "width": width,
         "height": height,
         "num_frames": frames,
-        "num_inference_steps": args.sample_steps or spec.num_inference_steps,
         "guidance_scale": guidance,
-        "shift": args.sample_shift or spec.shift_for(width, height),
-        "scheduler": args.sample_solver or spec.scheduler,
+        **levels,
+        **dials,
+        "scheduler": solver,
         "seed": secrets.randbelow(2**32) if args.base_seed < 0 else args.base_seed,
     }
 

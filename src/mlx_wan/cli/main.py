@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib import import_module
 from typing import Any, NoReturn
 
@@ -29,10 +29,11 @@ COMMANDS = {
     "train": "mlx_wan.cli.train",
     "evaluate": "mlx_wan.cli.evaluate",
     "scenes": "mlx_wan.cli.scenes",
+    "bench": "mlx_wan.cli.bench",
     "info": "mlx_wan.cli.info",
     "completion": "mlx_wan.cli.completion",
 }
-COMPUTING = ("generate", "train", "evaluate")  # these get the hint about a missing BLAS
+COMPUTING = ("generate", "train", "evaluate", "bench")  # these get the hint about a missing BLAS
 EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED, EXIT_BROKEN_PIPE = 1, 2, 130, 141
 
 
@@ -95,8 +96,8 @@ def _run(arguments: list[str]) -> int:
 
 def parse(arguments: Sequence[str]) -> tuple[str, argparse.Namespace]:
     """The command and its options, without running it; SystemExit for --help, UserError for mistakes."""
-    parser, parsers = build()
     name, rest = _split(list(arguments))
+    parser, parsers = build([name] if name in COMMANDS else COMMANDS)
     if name not in parsers:
         # No command, an unknown one, or -h: argparse knows what to say, and exits.
         parser.parse_args(["--help"] if name is None else [name, *rest])
@@ -112,14 +113,14 @@ def _check_backend() -> None:
             report.say("hint", advice)
 
 
-def build() -> tuple[Parser, dict[str, Parser]]:
-    """The parser of `mlx-wan`, and those of its commands."""
+def build(names: Iterable[str] = COMMANDS) -> tuple[Parser, dict[str, Parser]]:
+    """The parser of `mlx-wan`, and those of the commands of these names."""
     parser = Parser(prog="mlx-wan", description="Wan2.2 video generation and training on MLX")
     parser.add_argument("--version", action="version", version=f"mlx-wan {mlx_wan.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     parsers: dict[str, Parser] = {}
-    for name, module in COMMANDS.items():
-        parsers[name] = import_module(module).add_parser(commands)
+    for name in names:
+        parsers[name] = import_module(COMMANDS[name]).add_parser(commands)
         if "--debug" not in _flags(parsers[name]):
             parsers[name].add_argument("--debug", action="store_true", help="show tracebacks")
     return parser, parsers

@@ -17,6 +17,13 @@ SUMMARY = "say what a run will hold in memory, before anything is loaded"
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser = commands.add_parser("plan", help=SUMMARY, description=SUMMARY)
+    add_run_flags(parser)
+    parser.add_argument("--keep_both_experts", action="store_true", help="as in `mlx-wan generate`")
+    return parser
+
+
+def add_run_flags(parser: argparse.ArgumentParser) -> None:
+    """What run of which model is meant; `mlx-wan bench` takes the same."""
     parser.add_argument("--task", choices=TASKS, help="a released model, of which no file is needed")
     parser.add_argument("--ckpt_dir", "--model", metavar="DIR", help="a model folder (default: the embedded model)")
     parser.add_argument("--size", metavar="W*H", help="width*height in pixels (default: the model's own)")
@@ -29,15 +36,13 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument("--q-mode", default="affine", metavar="MODE", help="and its --q-mode")
     parser.add_argument("--q-group-size", type=int, metavar="N", help="and its --q-group-size")
-    parser.add_argument("--keep_both_experts", action="store_true", help="as in `mlx-wan generate`")
-    return parser
 
 
 def run(args: argparse.Namespace) -> int:
     from mlx_wan.memory.plan import gib, limited, nearest, plans
 
-    model = _model(args)
-    setting = _setting(args, model)
+    model = planned_model(args)
+    setting = planned_setting(args, model, keep_both_experts=args.keep_both_experts)
     device, memory = backend.device_name(), backend.usable_memory()
     needed = plans(model, setting, device)
     low_memory = needed[0].peak > memory
@@ -59,7 +64,8 @@ def run(args: argparse.Namespace) -> int:
     return 1
 
 
-def _model(args: argparse.Namespace) -> "Dimensions":
+def planned_model(args: argparse.Namespace) -> "Dimensions":
+    """The model that these flags mean."""
     from mlx_wan.memory.plan import Dimensions
     from mlx_wan.weights.locate import locate
     from mlx_wan.weights.quantize import Quantization
@@ -74,7 +80,8 @@ def _model(args: argparse.Namespace) -> "Dimensions":
     return replace(model, quantization=Quantization(args.bits, args.q_group_size, args.q_mode))
 
 
-def _setting(args: argparse.Namespace, model: "Dimensions") -> "Setting":
+def planned_setting(args: argparse.Namespace, model: "Dimensions", keep_both_experts: bool = False) -> "Setting":
+    """The run of it."""
     import mlx.core as mx
 
     from mlx_wan.memory.plan import Setting
@@ -97,5 +104,5 @@ def _setting(args: argparse.Namespace, model: "Dimensions") -> "Setting":
         extend.check(spec, frames, args.overlap, last=False)
         pictures = 1
     dtype = getattr(mx, args.dtype) if args.dtype else backend.default_dtype()
-    both, begins = args.keep_both_experts, args.overlap or 1
-    return Setting(width, height, frames, dtype, pictures, keep_both_experts=both, begins=begins)
+    begins = args.overlap or 1
+    return Setting(width, height, frames, dtype, pictures, keep_both_experts=keep_both_experts, begins=begins)

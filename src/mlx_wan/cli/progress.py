@@ -5,8 +5,6 @@ import threading
 import time
 from types import TracebackType
 
-from tqdm import tqdm
-
 from mlx_wan.cli.report import event
 
 # What one piece of decoded video costs in denoising steps, until the first piece has been timed.
@@ -37,6 +35,8 @@ class Progress:
         self._finished = threading.Event()
 
     def __enter__(self) -> "Progress":
+        from tqdm import tqdm  # here, since it takes longer to import than all of `--help`
+
         self._bar = tqdm(
             total=self._before + self._steps + PIECE_COST * self._pieces,
             initial=self._before,

@@ -101,16 +101,18 @@ def stand(args: argparse.Namespace, options: dict[str, Any]) -> "tuple[list[mx.a
     from mlx_wan.resume import arrays_of, expected, load_done, load_point, with_arrays
     from mlx_wan.schedulers import make_scheduler
 
-    scheduler = make_scheduler(options["scheduler"], options["num_inference_steps"], options["shift"])
+    shift, timesteps = options.get("shift", 1.0), options.get("timesteps")  # the one or the other
+    scheduler = make_scheduler(options["scheduler"], options["num_inference_steps"], shift, timesteps)
+    cached = options.get("cache") is not None
     if args.crew.size == 1:
-        return load_done(args.resume), load_point(args.resume, scheduler)
+        return load_done(args.resume), load_point(args.resume, scheduler, cached)
     own, done = None, []
     if args.crew.is_first:
-        own, done = load_point(args.resume, scheduler), load_done(args.resume)
+        own, done = load_point(args.resume, scheduler, cached), load_done(args.resume)
     place = json.dumps([own.step, own.latents.shape, len(done)]) if own else ""
     step, shape, parts = json.loads(args.crew.from_first(place))
-    like = expected(scheduler, step)
-    arrays = arrays_of(own) if own else {name: mx.zeros(shape) for name in arrays_of(like)}
+    like = expected(scheduler, step, tuple(shape), cached)
+    arrays = arrays_of(own or like)
     point = with_arrays(like, {name: args.crew.parallel.from_first(arrays[name]) for name in sorted(arrays)})
     return done or [mx.zeros(shape)] * parts, point  # the first process alone decodes them
 

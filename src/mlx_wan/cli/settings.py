@@ -18,16 +18,20 @@ FLAGS: dict[str, tuple[str, type | tuple[type, ...]]] = {
     "prompt": ("prompt", str),
     "negative_prompt": ("negative_prompt", str),
     "num_frames": ("frame_num", int),
+    "timesteps": ("sample_timesteps", list),
     "num_inference_steps": ("sample_steps", int),
     "guidance_scale": ("sample_guide_scale", (*NUMBER, list)),
     "shift": ("sample_shift", NUMBER),
     "scheduler": ("sample_solver", str),
+    "guidance_interval": ("guidance_interval", list),
+    "cache": ("cache", NUMBER),
     "seed": ("base_seed", int),
     "fps": ("fps", NUMBER),
     "dtype": ("dtype", str),
     "extend": ("extend", int),
     "overlap": ("overlap", int),
 }
+BY_STEPS = ("num_inference_steps", "shift")  # which a list of timesteps takes the place of
 # Pictures, and a video that goes on: in the video by name and fingerprint.
 FILES = {"image": "image", "last_image": "last_frame", "video": "extend_from"}
 PARTS = (
@@ -95,7 +99,10 @@ def fill(args: argparse.Namespace, recorded: dict[str, Any] | None = None) -> No
             recorded.pop(name, None)
     elif not args.use_prompt_extend:
         args.extended = {name: recorded[name] for name in EXTENDED if name in recorded}
+    by_steps = args.sample_steps is not None or args.sample_shift is not None
     for name, (flag, kind) in FLAGS.items():
+        if (name == "timesteps" and by_steps) or (name in BY_STEPS and args.sample_timesteps is not None):
+            continue
         if getattr(args, flag) is None and name in recorded:
             value = _checked(video, name, recorded[name], kind)
             setattr(args, flag, tuple(value) if isinstance(value, list) else value)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 SUMMARY = "train a model from a YAML recipe, or fine-tune one on clips of your own"
 # Flags of the two stages that make the embedded model; those of stage finetune are the fields of its recipe.
-_OWN = ("run", "vae", "steps")
+_OWN = ("run", "vae", "init", "steps")
 _SHARED = ("steps", "batch_size", "learning_rate", "seed")
 
 
@@ -29,6 +29,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     made = parser.add_argument_group("stages autoencoder and transformer")
     made.add_argument("--run", type=Path, metavar="DIR", help="states, log and result go here")
     made.add_argument("--vae", type=Path, metavar="DIR", help="finished autoencoder, for stage transformer")
+    made.add_argument("--init", metavar="MODEL", help="instead: a finished model to go on from, 'tiny' or a folder")
     made.add_argument("--steps", metavar="N", help="instead of the recipe's train.steps")
     tuned = parser.add_argument_group("stage finetune (three of them for all stages: batch size, learning rate, seed)")
     for field in fields(FinetuneRecipe):
@@ -59,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     given = {name: getattr(args, name) for name in (*options, *_OWN) if getattr(args, name) is not None}
     if args.config is None and not given.keys() & set(options):
         raise UserError("give a recipe with -c, or at least --model and --data (see mlx-wan train --help)")
-    changes = {name: _plain(name, value) for name, value in given.items() if name not in ("run", "vae")}
+    changes = {name: _plain(name, value) for name, value in given.items() if name not in ("run", "vae", "init")}
     recipe = read_recipe(args.config, changes if _is_finetuning(args, given) else _of_train(args, changes, given))
     if isinstance(recipe, FinetuneRecipe):
         return finetune(recipe, args)
@@ -72,7 +73,7 @@ def _is_finetuning(args: argparse.Namespace, given: dict[str, Any]) -> bool:
 
     if args.config is not None and stage_of(args.config) != "finetune":
         return False
-    for name, instead in {"run": "--adapter-path", "vae": "nothing", "steps": "--iters"}.items():
+    for name, instead in {"run": "--adapter-path", "vae": "nothing", "init": "--model", "steps": "--iters"}.items():
         if name in given:
             raise UserError(f"stage finetune takes no --{name}; use {instead}")
     return True
@@ -111,13 +112,22 @@ def make(recipe: Any, args: argparse.Namespace) -> int:
     """Runs a stage of training/tiny.py."""
     import mlx.core as mx
 
+    from mlx_wan.fingerprint import model_fingerprint
     from mlx_wan.training.recipe import TransformerRecipe, check_same_run, describe, remember_run
+    from mlx_wan.training.tiny import build_tokenizer, load_start
 
-    if isinstance(recipe, TransformerRecipe) != (args.vae is not None):
-        need = "needs" if args.vae is None else "takes no"
-        raise UserError(f"{args.config} {need} --vae, the folder of a finished autoencoder")
+    given = [f"--{name}" for name in ("vae", "init") if getattr(args, name) is not None]
+    if not isinstance(recipe, TransformerRecipe):
+        if given:
+            raise UserError(f"{args.config} takes no {given[0]}; it is for stage transformer")
+    elif len(given) != 1:
+        need = "--vae or --init, not both" if given else "--vae, the folder of a finished autoencoder, or --init"
+        raise UserError(f"{args.config} needs {need}")
     world = mx.distributed.init()
-    facts = describe(recipe, world.size(), args.vae)
+    init = None
+    if isinstance(recipe, TransformerRecipe) and args.init is not None:
+        init = model_fingerprint(load_start(args.init, recipe, build_tokenizer()))
+    facts = describe(recipe, world.size(), args.vae, init)
     check_free(args.run, args.resume, "--run")
     if args.resume:
         check_same_run(args.run, facts)
@@ -134,7 +144,7 @@ def train(recipe: Any, args: argparse.Namespace) -> Path:
     report = Reporter(recipe.train.steps)
     if isinstance(recipe, AutoencoderRecipe):
         return train_autoencoder(recipe, args.run, args.resume, report)
-    return train_transformer(recipe, args.vae, args.run, args.resume, report)
+    return train_transformer(recipe, args.vae, args.run, args.resume, report, args.init)
 
 
 # --- fine-tuning -----------------------------------------------------------------------------------------------------

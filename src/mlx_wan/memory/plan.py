@@ -170,8 +170,10 @@ def limited(model: Dimensions, setting: Setting, device: str, memory: int, low_m
     return plan if beyond <= 0 or device != "CUDA" else plans(model, setting, device, memory - beyond)[low_memory]
 
 
-def nearest(model: Dimensions, setting: Setting, device: str, memory: int) -> str | None:
-    """In words, the change that makes a run fit and changes least; None if none does.
+def nearest(
+    model: Dimensions, setting: Setting, device: str, memory: int, packing: str = "mlx-wan convert -q {}, then"
+) -> str | None:
+    """In words, the change that makes a run fit and changes least; None if none does. packing: how bits are said.
 
     Fewer bits first, since the video stays what was asked for; then fewer frames; then smaller ones too.
     """
@@ -183,7 +185,7 @@ def nearest(model: Dimensions, setting: Setting, device: str, memory: int) -> st
     models = [model, *(replace(model, quantization=how) for how in packed if _can_be(model, how))]
     for candidate in models[1:]:
         if fits(candidate, setting):
-            return f"{_converted(candidate)} fits"
+            return f"{_said(candidate, packing).removesuffix(', then')} fits"
     stride = model.vae.stride[0]
     most = (setting.num_frames - 1) // stride
     for width, height in _sizes(model, setting):
@@ -192,7 +194,7 @@ def nearest(model: Dimensions, setting: Setting, device: str, memory: int) -> st
             number = _largest(most, lambda n, candidate=candidate, clips=clips: fits(candidate, clips[n]))
             if number is not None:
                 size = "" if (width, height) == (setting.width, setting.height) else f"--size {width}*{height} "
-                first = "" if candidate is model else f"{_converted(candidate)}, then "
+                first = "" if candidate is model else f"{_said(candidate, packing)} "
                 return f"{first}{size}--frame_num {number * stride + 1} fits"
     return None
 
@@ -206,9 +208,9 @@ def _can_be(model: Dimensions, how: Quantization) -> bool:
     return True
 
 
-def _converted(model: Dimensions) -> str:
+def _said(model: Dimensions, packing: str) -> str:
     assert model.quantization is not None
-    return f"mlx-wan convert -q {model.quantization.bits}"
+    return packing.format(model.quantization.bits)
 
 
 def _largest(most: int, fits: Callable[[int], bool]) -> int | None:
@@ -282,6 +284,7 @@ def _work(
     model: Dimensions, setting: Setting, device: str, room: dict[str, float], frugal: bool
 ) -> Iterator[tuple[str, int]]:
     """(stage, the most bytes it holds besides weights). room: stage -> the bytes from which on MLX runs less ahead."""
+    model = replace(model, quantization=_traceable(model.quantization))
     how, dtype, size = model.quantization, setting.dtype, (setting.width, setting.height)
     text_len = model.transformer.text_len
     yield (
@@ -290,7 +293,7 @@ def _work(
     )
     if setting.pictures:
         frames = setting.begins if model.spec.task == "ti2v" else setting.num_frames
-        yield "image", _image_work(model.vae, size, frames, dtype, device, room["image"])
+        yield "image", image_work(model.vae, size, frames, dtype, device, room["image"])
         if model.image_encoder is not None:
             yield "tokens", _tokens_work(model.image_encoder, setting.pictures, dtype, device, room["tokens"])
     yield "denoise", _denoise_work(model, setting, device, room["denoise"])
@@ -298,6 +301,12 @@ def _work(
         "decode",
         _latents(model.vae, setting).nbytes + _decode_work(model.vae, size, dtype, device, room["decode"], frugal),
     )
+
+
+def _traceable(how: Quantization | None) -> Quantization | None:
+    """Packing whose graph MLX can export, which those with 8-bit floating-point scales are not: the matrices that are
+    unpacked from as many bits are as large."""
+    return how if how is None or how.mode in ("affine", "mxfp4") else Quantization(how.bits, 32)
 
 
 def _latents(vae: VAEConfig | VAE21Config, setting: Setting) -> mx.array:
@@ -318,8 +327,13 @@ def _text_work(
 
 
 @cache
-def _image_work(
-    vae: VAEConfig | VAE21Config, size: tuple[int, int], frames: int, dtype: mx.Dtype, device: str, room: float
+def image_work(
+    vae: VAEConfig | VAE21Config,
+    size: tuple[int, int],
+    frames: int,
+    dtype: mx.Dtype,
+    device: str,
+    room: float = math.inf,
 ) -> int:
     """A TI2V model encodes the frames that are given, others a video of the pictures and grey frames."""
     width, height = size
@@ -336,20 +350,29 @@ def _tokens_work(config: ImageEncoderConfig, pictures: int, dtype: mx.Dtype, dev
     return _module_peak(module, _parameters(module, "image_encoder", None, dtype), [squares], device, room)
 
 
-def _denoise_work(model: Dimensions, setting: Setting, device: str, room: float) -> int:
-    config = replace(model.transformer, num_layers=min(model.transformer.num_layers, LAYERS))
-    latents = _latents(model.vae, setting)
-    known = mx.zeros((*latents.shape[:-1], config.in_dim - latents.shape[-1]))
-    context = mx.zeros((1, config.text_len, config.text_dim), setting.dtype)
+def transformer_inputs(model: Dimensions, setting: Setting) -> list[mx.array]:
+    """Zeros of the shapes and types that the transformer is given in such a run: latents, timesteps, context, and
+    image tokens where it takes them."""
+    config, latents = model.transformer, _latents(model.vae, setting)
     first = model.spec.task == "ti2v" and setting.pictures > 0
-    times = mx.zeros((1, latents.shape[1] if first else 1))
-    inputs = [mx.zeros((*latents.shape[:-1], config.in_dim)), times, context]
+    inputs = [
+        mx.zeros((*latents.shape[:-1], config.in_dim)),
+        mx.zeros((1, latents.shape[1] if first else 1)),
+        mx.zeros((1, config.text_len, config.text_dim), setting.dtype),
+    ]
     if model.image_encoder is not None:
         inputs.append(mx.zeros((1, setting.pictures * model.image_encoder.num_tokens, config.image_dim), setting.dtype))
+    return inputs
+
+
+def _denoise_work(model: Dimensions, setting: Setting, device: str, room: float) -> int:
+    config = replace(model.transformer, num_layers=min(model.transformer.num_layers, LAYERS))
+    inputs, latents = transformer_inputs(model, setting), _latents(model.vae, setting)
     module = WanTransformer(config, setting.dtype).eval()
     named = _parameters(module, "transformer", model.quantization, setting.dtype)
+    known = inputs[0].nbytes - latents.nbytes
     texts = 2 * 2 * model.transformer.num_layers * config.text_len * config.dim * setting.dtype.size  # keys, values
-    held = LATENTS_HELD * latents.nbytes + 2 * known.nbytes + 2 * context.nbytes + texts
+    held = LATENTS_HELD * latents.nbytes + 2 * known + 2 * inputs[2].nbytes + texts
     return held + _module_peak(module, named, inputs, device, room - held)
 
 

@@ -84,6 +84,10 @@ class Parallel:
         both = self._passes.all_gather(own)
         return both[0], both[1]
 
+    def agree(self, decision: bool) -> bool:
+        """What the first process decides, for all: numbers may differ in their last digits between machines."""
+        return decision if self.size == 1 else bool(self.from_first(mx.array([decision])).item())
+
     def load_transformer(self, checkpoint: Checkpoint, dtype: mx.Dtype, part: str) -> WanTransformer:
         """As `weights.load.load_transformer`; it computes this process's tokens, with this process's weights."""
         if self._transformer is None:

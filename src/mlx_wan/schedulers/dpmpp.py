@@ -7,12 +7,13 @@ extrapolate with (1/r = 0), and the last lands on the clean prediction.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_wan.schedulers.flow import TRAIN_TIMESTEPS, check, check_not_finished, log_snr, shifted, with_zero
+from mlx_wan.schedulers.flow import TRAIN_TIMESTEPS, check, check_not_finished, listed, log_snr, shifted, with_zero
 
 
 class DPMppState(NamedTuple):
@@ -21,9 +22,12 @@ class DPMppState(NamedTuple):
 
 
 class DPMpp:
-    """Second order multistep; `timesteps` are 1000 * sigma cut to int64, as official."""
+    """Second order multistep; `timesteps` are 1000 * sigma cut to int64, as official, unless they are given."""
 
-    def __init__(self, num_inference_steps: int, shift: float = 5.0):
+    def __init__(self, num_inference_steps: int, shift: float = 5.0, timesteps: Sequence[float] | None = None):
+        if timesteps is not None:
+            self.sigmas, self.timesteps = listed(timesteps)
+            return
         check(num_inference_steps, shift)
         sigmas = shifted(np.linspace(1, 0, num_inference_steps + 1)[:-1], float(shift))
         self.sigmas = with_zero(sigmas)

@@ -1,11 +1,12 @@
 """Euler's method on the flow's ordinary differential equation dx/dsigma = velocity."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_wan.schedulers.flow import TRAIN_TIMESTEPS, check, check_not_finished, shifted, with_zero
+from mlx_wan.schedulers.flow import TRAIN_TIMESTEPS, check, check_not_finished, listed, shifted, with_zero
 
 
 class EulerState(NamedTuple):
@@ -19,9 +20,13 @@ class Euler:
     grid it hands to DPM++. It begins at sigma = 1, which is what the starting noise is (UniPC's grid
     begins at 0.9998 only to keep its logarithms finite), and diffusers' own default grid applies the
     shift twice and ends above sigma_min. Timesteps are 1000 * sigma, not rounded, as diffusers has them.
+    Or they are given, and the levels are theirs.
     """
 
-    def __init__(self, num_inference_steps: int, shift: float = 5.0):
+    def __init__(self, num_inference_steps: int, shift: float = 5.0, timesteps: Sequence[float] | None = None):
+        if timesteps is not None:
+            self.sigmas, self.timesteps = listed(timesteps)
+            return
         check(num_inference_steps, shift)
         # float32 before the shift, as diffusers has it
         grid = np.linspace(1, 0, num_inference_steps + 1)[:-1].astype(np.float32)

@@ -6,6 +6,7 @@ predicts the velocity noise - clean. So clean = x - sigma * velocity at every le
 
 import math
 import numbers
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -53,6 +54,20 @@ def with_zero(sigmas: np.ndarray) -> np.ndarray:
     if not np.all(np.diff(levels) < 0):
         raise UserError("this shift leaves neighbouring steps at the same noise level; give a smaller one")
     return levels
+
+
+def listed(timesteps: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """Noise levels and timesteps of a run through timesteps that are given: sigma = t / 1000.
+
+    UserError unless they fall, from at most 1000 to above 0.
+    """
+    given = [*timesteps]
+    real = all(isinstance(t, numbers.Real) and not isinstance(t, bool) and math.isfinite(t) for t in given)
+    if not given or not real or given[0] > TRAIN_TIMESTEPS or given[-1] <= 0 or not np.all(np.diff(given) < 0):
+        words = ", ".join(map(str, given))
+        raise UserError(f"timesteps are {words or 'none'}; give numbers that fall, from at most 1000 to above 0")
+    levels = np.array(given, np.float64)
+    return with_zero(levels / TRAIN_TIMESTEPS), levels.astype(np.float32)
 
 
 def log_snr(sigma: np.float32) -> float:

@@ -238,10 +238,17 @@ def _read_yaml(path: Path) -> Any:
 # --- the folder of a run ---------------------------------------------------------------------------------------------
 
 
-def describe(recipe: AutoencoderRecipe | TransformerRecipe, processes: int, vae: Path | None) -> dict[str, Any]:
-    """All that decides a run's weights, as JSON has it: the recipe, how many processes, the autoencoder's contents."""
+def describe(
+    recipe: AutoencoderRecipe | TransformerRecipe, processes: int, vae: Path | None, init: str | None = None
+) -> dict[str, Any]:
+    """All that decides a run's weights, as JSON has it: the recipe, how many processes, the autoencoder's contents.
+
+    init: fingerprint of the model that stage two goes on from.
+    """
     stage = next(name for name, cls in _STAGES.items() if isinstance(recipe, cls))
     facts: dict[str, Any] = {"stage": stage, **asdict(recipe), "processes": processes}
+    if init is not None:
+        facts["init"] = init
     if vae is not None:
         try:
             facts["autoencoder"] = hashlib.sha256((vae / "vae.safetensors").read_bytes()).hexdigest()

@@ -29,6 +29,7 @@ from mlx_wan.training.objective import autoencoder_loss, flow_loss, psnr, sample
 from mlx_wan.training.recipe import AutoencoderRecipe, Clips, TransformerRecipe
 from mlx_wan.training.scenes import crop, render, sample_batch
 from mlx_wan.training.trainer import Batch, Trainer
+from mlx_wan.weights.load import Checkpoint, load_text_encoder, load_transformer, load_vae, locate
 from mlx_wan.weights.save import module_tensors, replacing, save_native, write_safetensors
 
 PAD, EOS = 0, 1
@@ -210,13 +211,29 @@ def _encode(vae: WanVAE22, clips: Clips, params: mx.array) -> mx.array:
     return vae.normalise(mean).astype(mx.float16)
 
 
+def load_start(where: str | Path, recipe: TransformerRecipe, tokenizer: Tokenizer) -> Checkpoint:
+    """The finished model at `where` (a folder or "tiny"), to train on; UserError if it is not one of the recipe's."""
+    checkpoint = locate(where)
+    ours = (recipe.transformer, recipe.text_encoder, json.loads(tokenizer.to_str()))
+    its = (checkpoint.transformer_config, checkpoint.text_encoder_config, json.loads(checkpoint.tokenizer_json()))
+    for name, one, other in zip(("transformer", "text_encoder", "tokenizer"), its, ours, strict=True):
+        if one != other:
+            raise UserError(f"{where} has another {name} than the recipe: it cannot go on from there")
+    if checkpoint.quantization is not None:
+        raise UserError(f"{where} is quantized; give the model it was made from")
+    return checkpoint
+
+
 def transformer_trainer(
-    recipe: TransformerRecipe, vae: WanVAE22, tokenizer: Tokenizer, folder: Path
+    recipe: TransformerRecipe, vae: WanVAE22, tokenizer: Tokenizer, folder: Path, start: Checkpoint | None = None
 ) -> tuple[Trainer, Callable, Callable]:
-    """(trainer, batch_at, evaluate) of stage two."""
+    """(trainer, batch_at, evaluate) of stage two, from fresh weights or those of `start`."""
     config, text_len = recipe.train, recipe.transformer.text_len
     mx.random.seed(config.seed)
     model = TextToVideo(recipe)
+    if start is not None:
+        model.transformer.update(load_transformer(start, config.dtype, weights=mx.float32).parameters())
+        model.text_encoder.update(load_text_encoder(start, mx.float32).parameters())
     # Every process draws and encodes its own share.
     world = mx.distributed.init()
     seed, share = config.seed * world.size() + world.rank(), recipe.pool // world.size()
@@ -262,15 +279,27 @@ def transformer_trainer(
 
 
 def train_transformer(
-    recipe: TransformerRecipe, vae_folder: Path, folder: Path, resume: bool, report: Callable
+    recipe: TransformerRecipe,
+    vae_folder: Path | None,
+    folder: Path,
+    resume: bool,
+    report: Callable,
+    init: str | Path | None = None,
 ) -> Path:
-    """Stage two, whole; returns the folder of the finished model in the native layout. A finished run is left alone."""
+    """Stage two, whole; returns the folder of the finished model in the native layout. A finished run is left alone.
+
+    It works on the latents of the autoencoder in `vae_folder`, or of the model `init`, whose weights it goes on from.
+    """
     result = folder / "model"
     if resume and _is_finished(folder, recipe.train.steps) and (result / "config.json").exists():
         return result
-    vae, tokenizer = load_autoencoder(vae_folder), build_tokenizer()
+    tokenizer = build_tokenizer()
+    if (vae_folder is None) == (init is None):
+        raise UserError("give the folder of an autoencoder or a model to go on from")
+    start = None if init is None else load_start(init, recipe, tokenizer)
+    vae: WanVAE22 = load_autoencoder(vae_folder) if vae_folder else load_vae(start)  # type: ignore[assignment, arg-type]
     recipe.check_autoencoder(vae.config)
-    trainer, batch_at, evaluate = transformer_trainer(recipe, vae, tokenizer, folder)
+    trainer, batch_at, evaluate = transformer_trainer(recipe, vae, tokenizer, folder, start)
     if resume:
         trainer.resume()
     trainer.fit(batch_at, evaluate, report)

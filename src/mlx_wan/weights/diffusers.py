@@ -14,10 +14,11 @@ from mlx_wan.errors import CheckpointError
 from mlx_wan.models.transformer import TransformerConfig
 from mlx_wan.models.umt5 import MAX_DISTANCE, TextEncoderConfig
 from mlx_wan.models.vae22 import VAEConfig
-from mlx_wan.zoo import ModelSpec
+from mlx_wan.zoo import FASTWAN, ModelSpec
 
 INDEX = "model_index.json"
 PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
+DISTILLED_PIPELINES = ("WanDMDPipeline", "WanImageToVideoDmdPipeline")  # FastVideo's, sampled in three steps
 # The class of each part, our field for each of its keys, and the only values of its other keys.
 TRANSFORMER = (
     "WanTransformer3DModel",
@@ -85,9 +86,10 @@ def read_configs(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         CheckpointError: a file is missing or no JSON, or describes another model than this package runs.
     """
     index = _json(folder / INDEX)
-    if index.get("_class_name") not in PIPELINES:
-        raise CheckpointError(f"{folder}: is a {index.get('_class_name')}, not one of {', '.join(PIPELINES)}")
-    extra: dict[str, Any] = {}
+    known, name = (*PIPELINES, *DISTILLED_PIPELINES), index.get("_class_name")
+    if name not in known:
+        raise CheckpointError(f"{folder}: is a {name}, not one of {', '.join(known)}")
+    extra: dict[str, Any] = {"sampling": dict(FASTWAN)} if name in DISTILLED_PIPELINES else {}
     if (boundary := index.get("boundary_ratio")) is not None:
         if type(boundary) is not float or not 0 < boundary < 1:
             raise CheckpointError(f"{folder / INDEX}: boundary_ratio cannot be {boundary!r}")

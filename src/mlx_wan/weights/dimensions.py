@@ -6,12 +6,13 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from mlx_wan.errors import CheckpointError
+from mlx_wan.errors import CheckpointError, UserError
 from mlx_wan.models.clip import ImageEncoderConfig
 from mlx_wan.models.transformer import TransformerConfig
 from mlx_wan.models.umt5 import TextEncoderConfig
 from mlx_wan.models.vae21 import VAE21Config
 from mlx_wan.models.vae22 import VAEConfig
+from mlx_wan.schedulers.flow import listed
 from mlx_wan.weights.checkpoint import Component
 from mlx_wan.weights.shapes import (
     PATCH_SIZE,
@@ -20,7 +21,16 @@ from mlx_wan.weights.shapes import (
     transformer_fields,
     vae_fields,
 )
-from mlx_wan.zoo import HEAD_DIM, LATENT_STATISTICS, LATENTS_MEAN, MODELS, RELEASES, SAMPLING_TYPES, ModelSpec
+from mlx_wan.zoo import (
+    DISTILLED,
+    HEAD_DIM,
+    LATENT_STATISTICS,
+    LATENTS_MEAN,
+    MODELS,
+    RELEASES,
+    SAMPLING_TYPES,
+    ModelSpec,
+)
 
 VAE_CONFIGS = {"Wan2.2": VAEConfig, "Wan2.1": VAE21Config}
 
@@ -201,10 +211,17 @@ def model_spec(
 
 def _sampling(path: Path, extra: Mapping[str, Any], two_experts: bool) -> dict[str, Any]:
     sampling = extra.get("sampling", {})
-    if not isinstance(sampling, dict) or not sampling.keys() <= SAMPLING_TYPES.keys():
+    if not isinstance(sampling, dict) or not sampling.keys() <= SAMPLING_TYPES.keys() | set(DISTILLED):
         raise CheckpointError(f"{path}: unexpected entries under mlx_wan.sampling")
-    values = {}
+    values: dict[str, Any] = {}
     for key, value in sampling.items():
+        if key in DISTILLED:
+            try:
+                values[key] = tuple(value)
+                listed(value)
+            except (TypeError, UserError):
+                raise CheckpointError(f"{path}: mlx_wan.sampling.{key} cannot be {value!r}") from None
+            continue
         allowed = (int, float) if SAMPLING_TYPES[key] is float else (SAMPLING_TYPES[key],)
         pair = key == "guidance_scale" and two_experts and type(value) is list and len(value) == 2
         if not all(type(v) in allowed for v in (value if pair else [value])):

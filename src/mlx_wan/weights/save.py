@@ -29,7 +29,7 @@ from mlx_wan.weights.checkpoint import PARTS
 from mlx_wan.weights.files import INDEX_SUFFIX, SAFETENSORS_DTYPES
 from mlx_wan.weights.quantize import Quantization
 from mlx_wan.weights.tensors import DTYPES, TensorInfo, dtype_name
-from mlx_wan.zoo import SAMPLING_TYPES
+from mlx_wan.zoo import DISTILLED, SAMPLING_TYPES
 
 FORMAT = 1
 MAX_SHARD_BYTES = 5 * 10**9
@@ -55,7 +55,7 @@ def save_native(
     Args:
         model: a name from `zoo.MODELS`, or any other for a model of one's own.
         tokenizer_json: the tokenizer as text, or the Path of its file.
-        sampling: how to sample it by default: values for keys of `zoo.SAMPLING_TYPES`.
+        sampling: how to sample it by default: values for keys of `zoo.SAMPLING_TYPES` and `zoo.DISTILLED`.
         transformer_2, boundary: the low-noise expert of a model that has two, and from which share of the timesteps on
             `transformer`, the high-noise one, works; both or neither.
         dtype: that floats are stored in; None keeps each parameter's own.
@@ -90,7 +90,7 @@ def native_config(
     quantization: Quantization | None = None,
 ) -> dict[str, Any]:
     """The config.json of the native layout: the official transformer fields, and the rest under "mlx_wan"."""
-    if unknown := sampling.keys() - SAMPLING_TYPES.keys():
+    if unknown := sampling.keys() - SAMPLING_TYPES.keys() - set(DISTILLED):
         raise ValueError(f"unknown sampling settings: {', '.join(sorted(unknown))}")
     extra = {
         "format": FORMAT,
