@@ -250,6 +250,13 @@ def default_dtype() -> "mx.Dtype":
     return mx.float32 if device_name() == "CPU" else mx.bfloat16
 
 
+def vae_dtype(dtype: "mx.Dtype", device: str | None = None) -> "mx.Dtype":
+    """What the VAE's convolutions compute in when the rest computes in `dtype`: on the CPU float32 all the same."""
+    import mlx.core as mx
+
+    return mx.float32 if (device or device_name()) == "CPU" else dtype
+
+
 def total_memory() -> int:
     """Bytes a model can live in: the GPU's own memory under CUDA, else the machine's RAM."""
     if device_name() == "CUDA":

@@ -99,7 +99,7 @@ class WanPipeline(AdapterWords):
     Attributes:
         checkpoint: where the components come from, its headers checked.
         spec: the model's name, sizes and sampling defaults.
-        dtype: of matrices and of what they are multiplied with; the VAE is always float32.
+        dtype: of matrices and of what they are multiplied with; on a GPU of the VAE's convolutions too.
         scheduler: of the last call; before it, the default one.
         text_cache: a folder for embeddings of prompts, so that one that comes again needs no text encoder; None: none.
     """
@@ -201,6 +201,7 @@ class WanPipeline(AdapterWords):
         """(ids (B,L), mask (B,L)) -> (B,L,text_dim)."""
         if self._text_encoder is None:
             self._text_encoder = self.parallel.load_text_encoder(self.checkpoint, self.dtype)
+            self._text_encoder.eval()
         return self._text_encoder
 
     @property
@@ -214,7 +215,7 @@ class WanPipeline(AdapterWords):
     def vae(self) -> WanVAE:
         """`encode` video (B,T,H,W,3) in [-1, 1] to normalised latents (B,t,h,w,C), `decode` them back."""
         if self._vae is None:
-            self._vae = load_vae(self.checkpoint)
+            self._vae = load_vae(self.checkpoint, backend.vae_dtype(self.dtype))
         return self._vae
 
     def encode_prompt(self, text: str) -> mx.array:
@@ -354,7 +355,7 @@ class WanPipeline(AdapterWords):
             latents = latents[:, len(request.source.references) :]
         yield Event("latents", 1, 1, latents)
         if decode and self.parallel.is_first:
-            for index, piece in enumerate(self.vae.stream_decode(latents), start=1):
+            for index, piece in enumerate(self.vae.stream_decode(latents, self.low_memory), start=1):
                 _check_piece(piece, latents[:, index - 1], index)
                 yield Event("frames", index, latents.shape[1], to_uint8(piece[0]))
 

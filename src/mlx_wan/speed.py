@@ -52,7 +52,7 @@ def check(model: Dimensions, setting: Setting, parts: tuple[str, ...], pieces: i
     """
     stages = {stage.name: stage for stage in plans(model, setting, device)[1].stages}
     frames, size = _frames(model, setting, pieces), (setting.width, setting.height)
-    encoding = image_work(model.vae, size, (frames - 1) * model.vae.stride[0] + 1, device)
+    encoding = image_work(model.vae, size, (frames - 1) * model.vae.stride[0] + 1, setting.dtype, device)
     sizes = {
         "text": stages["text"],
         "encode": replace(stages["decode"], work=encoding),

@@ -4,6 +4,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_wan.memory.liveness import evaluation_order, peak_bytes, trace
+from mlx_wan.models import layers
 
 MIB = 2**20
 SQUARE = (512, 512)  # 1 MiB
@@ -71,3 +72,36 @@ def test_released_inputs_leave_and_others_stay():
 
     assert peak_bytes(function, [x], "CPU") == pytest.approx(x.nbytes, abs=8)
     assert peak_bytes(function, [x], "CPU", released=1) <= 8
+
+
+def chain(x):
+    for _ in range(64):
+        x = mx.concatenate([x[1:], x[:1]])  # of which no result takes over its input's buffer
+    return x
+
+
+def waiting(x):
+    for _ in range(64):
+        x = layers.finish(mx.concatenate([x[1:], x[:1]]))
+    return x
+
+
+def pacing(x):
+    pace = layers.Pace()
+    for _ in range(64):
+        x = pace(mx.concatenate([x[1:], x[:1]]))
+    return x
+
+
+def test_who_waits_holds_less():
+    x = mx.zeros((1 << 27,))  # read twice by an operation: four of them are more than a graph of CUDA's takes
+    held = {work: round(peak_bytes(work, [x], "CUDA") / x.nbytes) for work in (chain, pacing, waiting)}
+    assert held[waiting] == 2
+    assert held[pacing] == 3
+    assert held[chain] > 8
+
+
+def test_mlx_waits_where_a_limit_is_passed():
+    x = mx.zeros((1 << 27,))
+    assert peak_bytes(chain, [x], "CUDA", limit=5 * x.nbytes) / x.nbytes == pytest.approx(6, abs=0.1)
+    assert peak_bytes(chain, [x], "CUDA", limit=0) / x.nbytes == pytest.approx(2, abs=0.1)

@@ -117,17 +117,34 @@ def test_parts_stay_if_they_fit_and_leave_if_they_must():
 
 
 def test_the_nearest_setting_fits_and_the_next_does_not():
-    model, setting = Dimensions.of_release("t2v-1.3B"), Setting(480, 320, 81, mx.float32)
+    model, setting = Dimensions.of_release("t2v-1.3B"), Setting(832, 480, 161, mx.float32, tokens=8)
     model = replace(model, quantization=Quantization(4))
 
     def peak(**changes):
         return plans(model, replace(setting, **changes), "CPU")[1].peak
 
-    memory = peak(width=240, height=160, num_frames=5)
+    memory = peak(width=416, height=240, num_frames=5)
     assert peak() > memory
     said = nearest(model, setting, "CPU", memory)
     width, height, frames = map(int, re.fullmatch(r"--size (\d+)\*(\d+) --frame_num (\d+) fits", said).groups())
-    assert (width, height) == (240, 160)
-    assert peak(width=240, height=160, num_frames=frames) <= memory
-    assert frames == 81 or peak(width=240, height=160, num_frames=frames + 4) > memory
+    assert (width, height) == (416, 240)
+    assert peak(width=416, height=240, num_frames=frames) <= memory
+    assert frames == 161 or peak(width=416, height=240, num_frames=frames + 4) > memory
     assert nearest(model, setting, "CPU", 2**20) is None
+
+
+@pytest.mark.parametrize(("name", "size", "card"), [("ti2v-5B", (1280, 704, 121), 8), ("t2v-A14B", (832, 480, 81), 14)])
+def test_packed_models_fit_small_cards(name, size, card):
+    model = replace(Dimensions.of_release(name), quantization=Quantization(4))
+    memory = int(0.95 * card * 2**30)  # what MLX leaves to itself
+    plan = choose(model, Setting(*size, mx.bfloat16), "CUDA", memory)
+    assert plan.peak < card * 2**30
+    assert {stage.name for stage in plan.stages} == {"text", "denoise", "decode"}
+
+
+def test_less_memory_is_less_run_ahead_on_cuda():
+    model = replace(Dimensions.of_release("ti2v-5B"), quantization=Quantization(4))
+    setting = Setting(1280, 704, 121, mx.bfloat16)
+    peaks = [plans(model, setting, "CUDA", gib * 2**30)[1].peak for gib in (0, 7, 70)]
+    assert peaks == sorted(peaks)
+    assert peaks[0] < peaks[2]

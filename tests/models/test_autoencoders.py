@@ -5,11 +5,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import small
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_wan.errors import WanError
 from mlx_wan.models import autoencoder
-from mlx_wan.models.autoencoder import FeatureCache, RMSNorm
+from mlx_wan.models.autoencoder import CausalConv3d, FeatureCache, RMSNorm, Upsample
+from mlx_wan.models.layers import traceable
 from mlx_wan.models.vae21 import VAE21Config, WanVAE21
 from mlx_wan.models.vae22 import VAEConfig, WanVAE22
 
@@ -162,3 +163,53 @@ def test_convolutions_larger_than_mlx_counts_are_refused(monkeypatch):
     monkeypatch.setattr(autoencoder, "MAX_ELEMENTS", 16 * 16 * 12 - 1)
     with pytest.raises(WanError, match=r"a convolution of the VAE would have \d+ values"):
         vae.decode(latents)
+
+
+def test_a_frugal_stream_gives_the_same_video(model, latents):
+    frugal = np.array(mx.concatenate(list(model.stream_decode(latents, frugal=True)), axis=1))
+    assert cases.relative_error(frugal, np.array(model.decode(latents))) < 1e-6
+
+
+@pytest.mark.parametrize("temporal", [False, True])
+def test_doubling_by_phases_is_a_convolution_of_doubled_pixels(temporal):
+    layer = Upsample(8, 12, temporal)
+    x = mx.array(small.random("double", (1, 3, 4, 5, 8)))
+    doubled = mx.repeat(mx.repeat(x, 2, axis=2), 2, axis=3)
+    want = np.array(layer.resample[1](doubled))
+    assert cases.relative_error(np.array(layer.double(x, FeatureCache())), want) < 1e-6
+
+
+def test_half_precision_stays_near(model, video, latents):
+    """Convolutions in 8 or 11 bits of mantissa; biases and norms keep theirs."""
+    exact = np.array(model.encode(video)), np.array(model.decode(latents))
+    named: list = tree_flatten(model.parameters())
+    for dtype, bound in ((mx.float16, 5e-3), (mx.bfloat16, 4e-2)):
+        rough = type(model)(model.config)
+        rough.update(tree_unflatten([(name, p.astype(dtype) if p.ndim > 1 else p) for name, p in named]))
+        for got, want in zip((rough.encode(video), rough.decode(latents)), exact, strict=True):
+            assert got.dtype == mx.float32
+            assert 1e-5 < cases.relative_error(np.array(got), want) < bound
+
+
+def test_few_channels_are_convolved_frame_by_frame_on_cuda(monkeypatch):
+    layer, x = CausalConv3d(8, 8, (3, 3, 3)), mx.array(small.random("few", (1, 5, 4, 6, 8)))
+    whole = np.array(layer.convolve(x))
+    monkeypatch.setattr(autoencoder, "target", lambda: "CUDA")
+    monkeypatch.setattr(mx, "conv3d", None)
+    assert cases.relative_error(np.array(layer.convolve(x)), whole) < 1e-6
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_kernels_make_what_the_plain_functions_make(kind, model, shape, first):
+    """Shapes and types of a piece and of what is kept, traced for CUDA."""
+    plain, piece = FeatureCache(streaming=True), mx.zeros((1, 1, *shape[2:]))
+    sizes = []
+    for _ in range(1 if first else 3):
+        want = model.pixels(piece, plain)
+    with traceable("CUDA"):
+        traced = FeatureCache(streaming=True)
+        for _ in range(1 if first else 3):
+            got = model.pixels(piece, traced)
+    for out, cache in ((want, plain), (got, traced)):
+        sizes.append([(a.shape, a.dtype) for a in (out, *cache.frames.values())])
+    assert sorted(map(str, sizes[0])) == sorted(map(str, sizes[1]))

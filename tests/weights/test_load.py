@@ -89,6 +89,14 @@ def test_bfloat16_files_load_as_float32(tmp_path):
         assert mx.array_equal(got[name], want.astype(mx.bfloat16).astype(mx.float32))
 
 
+def test_a_vae_in_half_precision_keeps_its_biases_and_norms(tmp_path):
+    folder = checkpoints.write_official(tmp_path / "model")
+    exact = dict(tree_flatten(load_vae(locate(folder)).parameters()))
+    for name, array in tree_flatten(load_vae(locate(folder), mx.bfloat16).parameters()):
+        assert array.dtype == (mx.bfloat16 if name.endswith(".weight") else mx.float32), name
+        assert mx.array_equal(array, exact[name].astype(array.dtype)), name
+
+
 def test_a_vae_of_another_width_has_no_statistics(tmp_path):
     folder = checkpoints.write_official(tmp_path / "model")
     narrow_model(folder)

@@ -469,7 +469,10 @@ def _low_memory(args: argparse.Namespace, checkpoint: "Checkpoint", options: dic
     pictures = max(pictures, bool(args.extend))
     setting = Setting(*size, dtype, pictures, keep_both_experts=both, references=references, begins=begins)
     memory = sys.maxsize if args.ignore_plan else backend.usable_memory()
-    return choose(Dimensions.of_checkpoint(checkpoint), setting, backend.device_name(), memory).low_memory
+    plan = choose(Dimensions.of_checkpoint(checkpoint), setting, backend.device_name(), memory)
+    if 0 < plan.limit < mx.get_memory_limit():
+        mx.set_memory_limit(plan.limit)
+    return plan.low_memory
 
 
 def _check_memory(checkpoint: "Checkpoint", dtype: str | None, both_experts: bool, parallel: "Parallel") -> None:

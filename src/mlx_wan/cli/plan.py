@@ -40,14 +40,15 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from mlx_wan.memory.plan import gib, nearest, plans
+    from mlx_wan.memory.plan import gib, limited, nearest, plans
 
     model = planned_model(args)
     setting = planned_setting(args, model, keep_both_experts=args.keep_both_experts)
     device, memory = backend.device_name(), backend.usable_memory()
-    keeping, leaving = plans(model, setting, device)
-    plan = keeping if keeping.peak <= memory else leaving
-    fits = plan.peak <= memory
+    needed = plans(model, setting, device)
+    low_memory = needed[0].peak > memory
+    fits = needed[low_memory].peak <= memory
+    plan = limited(model, setting, device, memory, low_memory) if fits else needed[low_memory]
     packed = f", {model.quantization.bits} bits" if model.quantization else ""
     dtype = str(setting.dtype).removeprefix("mlx.core.")
     print(

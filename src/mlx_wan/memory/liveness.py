@@ -19,8 +19,11 @@ import numpy as np
 from mlx_wan.models import layers
 
 # How far the allocation of results runs ahead of the computation that lets go of inputs: at most 10 tasks, each of 10
-# dispatches on the CPU. On GPUs a task is a command buffer, which for large arrays holds one operation; not measured.
-RUN_AHEAD = {"CPU": 100, "Metal": 10, "CUDA": 10}
+# dispatches on the CPU. On Metal a task is a command buffer, which for large arrays holds one operation; not measured.
+# On CUDA it is a graph, which ends with the operation that brings it beyond GRAPH_OPERATIONS, or what its operations
+# read beyond GRAPH_ELEMENTS; the one being filled comes on top.
+RUN_AHEAD = {"CPU": 100, "Metal": 10, "CUDA": 11}
+GRAPH_ELEMENTS, GRAPH_OPERATIONS = 1000 << 20, 100  # of an H100; smaller devices have smaller graphs
 SPARE = 16384  # bytes that a buffer may be larger than a result that takes it over
 MAX_WIDTH = 20  # of the breadth-first order of mx.eval (MLX_BFS_MAX_WIDTH)
 
@@ -59,8 +62,8 @@ class Graph:
         return name
 
 
-def trace(function: Callable[..., Any], arrays: Sequence[mx.array]) -> Graph:
-    """The graph of `function(*arrays)`, whose result may be any tree of arrays. No array is evaluated."""
+def trace(function: Callable[..., Any], arrays: Sequence[mx.array], device: str = "CPU") -> Graph:
+    """The graph of `function(*arrays)` on `device`, whose result may be any tree of arrays. No array is evaluated."""
     graph = Graph()
 
     def take(record: dict[str, Any]) -> None:
@@ -74,7 +77,7 @@ def trace(function: Callable[..., Any], arrays: Sequence[mx.array]) -> Graph:
             inputs, outputs = (tuple(graph.add(array) for array in record[side]) for side in ("inputs", "outputs"))
             graph.operations.append(Operation(record["name"], inputs, outputs, record.get("arguments", [])))
 
-    with layers.traceable(), _eager():
+    with layers.traceable(device), _eager():
         mx.export_function(take, lambda *given: _flat(function(*given)), *arrays)
     return graph
 
@@ -167,13 +170,16 @@ class _Playback:
     Arrays are shadowed by NumPy views of one byte with their strides, which say what is a view and what a copy.
     """
 
-    def __init__(self, graph: Graph, released: Iterable[str], device: str):
-        self.graph, self.device, self.run_ahead = graph, device, RUN_AHEAD[device]
+    def __init__(self, graph: Graph, released: Iterable[str], device: str, limit: float = math.inf):
+        self.graph, self.device, self.limit = graph, device, limit
         self.order = evaluation_order(graph)
         self.uses = Counter(name for operation in self.order for name in operation.inputs)
         self.shadow: dict[str, np.ndarray] = {}
         self.buffer: dict[str, _Buffer] = {}
-        self.now = 0  # dispatches handed out
+        self.now = 0  # dispatches handed out; on CUDA graphs
+        self.done = -RUN_AHEAD[device]  # of them, at least
+        self.waited = 0  # where somebody waited last
+        self.in_graph = self.elements_read = 0  # of the graph being filled: its operations, and what they read
         self.held = self.peak = 0
         self.leaving: list[tuple[int, int]] = []  # (dispatch after which they go, bytes)
         made = {name for operation in self.order for name in operation.outputs}
@@ -198,8 +204,14 @@ class _Playback:
         buffer.kept = buffer.kept or name in self.graph.outputs
 
     def _step(self, operation: Operation) -> None:
-        self._let_go()
         name = operation.name
+        if (
+            name == "Depends"
+        ):  # somebody waits here: for this (`layers.finish`), or for the part before it (`layers.Pace`)
+            self._hand_out()
+            self.done = max(self.done, self.now if operation.inputs[0] == operation.inputs[1] else self.waited)
+            self.waited = self.now
+        self._let_go()
         shadows = [self.shadow[given] for given in operation.inputs]
         views = _views(operation, shadows, [self.graph.shapes[out] for out in operation.outputs])
         if views is not None:
@@ -217,7 +229,8 @@ class _Playback:
                 self._place(out, self._result(operation, shadows, out), buffer)
             self._allocate(temporary)
             kernels = 1
-        self.now += kernels + (1 if self.device == "CPU" else 0)
+        if self.device != "CUDA":
+            self._hand_out(kernels + (1 if self.device == "CPU" else 0))
         if temporary:
             self.leaving.append((self.now, temporary))
         taken = {id(self.buffer[out]) for out in operation.outputs}
@@ -229,6 +242,28 @@ class _Playback:
             self._release(buffer)
         for out in operation.outputs:
             self._release(self.buffer[out])
+        if self.device == "CUDA" and kernels:
+            self.in_graph += 1
+            self.elements_read += sum(math.prod(self.graph.shapes[given]) for given in operation.inputs)
+            if self.in_graph > GRAPH_OPERATIONS or self.elements_read > GRAPH_ELEMENTS:
+                self._hand_out()
+        if self.held > self.limit:
+            self._hand_out()
+            self._wait()
+
+    def _hand_out(self, dispatches: int = 1) -> None:
+        """Ends the graph being filled."""
+        self.now, self.in_graph, self.elements_read = self.now + dispatches, 0, 0
+        self.done = max(self.done, self.now - RUN_AHEAD[self.device])
+
+    def _wait(self) -> None:
+        """Until no more is held than the limit, or nothing more comes of it."""
+        for when in sorted({when for when, _ in self.leaving}):
+            if self.held <= self.limit:
+                return
+            self.done = max(self.done, when)
+            self._let_go()
+        self.done = self.now if self.held > self.limit else self.done
 
     def _result(self, operation: Operation, shadows: list[np.ndarray], out: str) -> np.ndarray:
         """An elementwise result is laid out as its inputs, if they agree and have neither gaps nor repetitions."""
@@ -245,7 +280,7 @@ class _Playback:
         strides = self._result(operation, [self.shadow[given] for given in operation.inputs], out).strides
         for given in operation.inputs:
             buffer, shadow = self.buffer[given], self.shadow[given]
-            alone = buffer.uses == operation.inputs.count(given) and buffer.busy + self.run_ahead <= self.now
+            alone = buffer.uses == operation.inputs.count(given) and buffer.busy <= self.done
             fits = shadow.shape == self.graph.shapes[out] and self.graph.sizes[given] == self.graph.sizes[out]
             small = buffer.size <= self._bytes(out) + SPARE
             if alone and fits and small and not buffer.kept and shadow.strides == strides:
@@ -276,19 +311,26 @@ class _Playback:
             buffer.size = 0
 
     def _let_go(self) -> None:
-        gone = sum(size for when, size in self.leaving if when + self.run_ahead <= self.now)
+        gone = sum(size for when, size in self.leaving if when <= self.done)
         if gone:
-            self.leaving = [(when, size) for when, size in self.leaving if when + self.run_ahead > self.now]
+            self.leaving = [(when, size) for when, size in self.leaving if when > self.done]
             self.held -= gone
 
 
-def peak_bytes(function: Callable[..., Any], arrays: Sequence[mx.array], device: str, released: int = 0) -> int:
+def peak_bytes(
+    function: Callable[..., Any],
+    arrays: Sequence[mx.array],
+    device: str,
+    released: int = 0,
+    limit: float = math.inf,
+) -> int:
     """The most bytes that evaluating `function(*arrays)` on `device` ("CPU", "Metal" or "CUDA") holds beyond `arrays`.
 
-    Results count. The last `released` of the arrays are nobody else's and leave when they are used up.
+    Results count. The last `released` of the arrays are nobody else's and leave when they are used up. limit: bytes
+    beyond `arrays` from which on MLX waits for what it has handed out (mx.set_memory_limit).
     """
-    graph = trace(function, arrays)
-    return _Playback(graph, graph.inputs[len(graph.inputs) - released :], device).play()
+    graph = trace(function, arrays, device)
+    return _Playback(graph, graph.inputs[len(graph.inputs) - released :], device, limit).play()
 
 
 # --- shadows -------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ Weights are counted from modules that are built and never filled; what a stage w
 the graph of the very model that will run. So a change of a model changes its plan.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -13,6 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
+from mlx_wan import backend
 from mlx_wan.errors import UserError
 from mlx_wan.memory.liveness import peak_bytes
 from mlx_wan.models.autoencoder import FeatureCache, WanVAE, clipped
@@ -26,7 +28,7 @@ from mlx_wan.weights.fit import parameter_dtype
 from mlx_wan.weights.quantize import Quantization, quantize_module
 from mlx_wan.zoo import LATENT_STATISTICS, MODELS, RELEASES, VACE_LAYERS, ModelSpec
 
-LAYERS = 3  # traced of each stack: blocks are alike, and MLX runs ahead by less than one
+LAYERS = 3  # traced of each stack: blocks are alike, and MLX runs ahead by less than three
 HEAD_DIM = 128  # of every released transformer
 LATENTS_HELD = 6  # noise, latents, velocity, and three of UniPC's state
 
@@ -102,10 +104,14 @@ class Stage:
 
 @dataclass(frozen=True)
 class Plan:
-    """The stages of a run in order; low_memory: whether parts leave memory when their work is done."""
+    """The stages of a run in order; low_memory: whether parts leave memory when their work is done.
+
+    limit: on CUDA, the bytes from which on MLX waits instead of working ahead (mx.set_memory_limit).
+    """
 
     stages: tuple[Stage, ...]
     low_memory: bool
+    limit: int = 0
 
     @property
     def peak(self) -> int:
@@ -116,12 +122,14 @@ class Plan:
 # --- plans ---------------------------------------------------------------------------------------------------
 
 
-def plans(model: Dimensions, setting: Setting, device: str) -> tuple[Plan, Plan]:
+def plans(model: Dimensions, setting: Setting, device: str, memory: int = 0) -> tuple[Plan, Plan]:
     """The plan that keeps every part in memory, and the one that lets go of each after its work.
 
-    device: "CPU", "Metal" or "CUDA", whose order of things counts; the trace is this machine's.
+    device: "CPU", "Metal" or "CUDA", whose order of things counts.
+    memory: bytes that may be used. On CUDA MLX takes more of it when there is more, to run ahead; with 0 this is what
+        a run needs at least.
     """
-    sizes, work = _weights(model, setting.dtype), list(_work(model, setting, device))
+    sizes = _weights(model, setting.dtype, device)
     experts = sizes["transformer"] * (model.experts if setting.keep_both_experts else 1)
     small = {
         "text": sizes["text_encoder"],
@@ -131,10 +139,14 @@ def plans(model: Dimensions, setting: Setting, device: str) -> tuple[Plan, Plan]
         "decode": sizes["vae"],
     }
     everything = sizes["text_encoder"] + sizes["image_encoder"] * bool(setting.pictures) + experts + sizes["vae"]
-    return (
-        Plan(tuple(Stage(name, everything, needed) for name, needed in work), False),
-        Plan(tuple(Stage(name, small[name], needed) for name, needed in work), True),
-    )
+
+    def plan(held: dict[str, int], low_memory: bool) -> Plan:
+        room = {name: memory - weights if device == "CUDA" else math.inf for name, weights in held.items()}
+        work = _work(model, setting, device, room, low_memory)
+        limit = memory if device == "CUDA" else 0
+        return Plan(tuple(Stage(name, held[name], needed) for name, needed in work), low_memory, limit)
+
+    return plan(dict.fromkeys(small, everything), False), plan(small, True)
 
 
 def choose(model: Dimensions, setting: Setting, device: str, memory: int) -> Plan:
@@ -143,16 +155,21 @@ def choose(model: Dimensions, setting: Setting, device: str, memory: int) -> Pla
     Raises UserError, with the nearest setting that fits, if neither does.
     """
     keeping, leaving = plans(model, setting, device)
-    if keeping.peak <= memory:
-        return keeping
-    if leaving.peak <= memory:
-        return leaving
+    if min(keeping.peak, leaving.peak) <= memory:
+        return limited(model, setting, device, memory, keeping.peak > memory)
     worst = max(leaving.stages, key=lambda stage: stage.peak)
     near = nearest(model, setting, device, memory)
     raise UserError(
         f"{worst.name} takes {gib(worst.peak)} ({gib(worst.weights)} of weights), and {gib(memory)} of memory can be "
         f"used: {near or 'no smaller setting fits either; use a larger machine'}"
     )
+
+
+def limited(model: Dimensions, setting: Setting, device: str, memory: int, low_memory: bool) -> Plan:
+    """A plan that fits, with the limit that makes it fit: MLX goes beyond one by the operation that it looks after."""
+    plan = plans(model, setting, device, memory)[low_memory]
+    beyond = plan.peak - memory
+    return plan if beyond <= 0 or device != "CUDA" else plans(model, setting, device, memory - beyond)[low_memory]
 
 
 def nearest(
@@ -187,7 +204,7 @@ def nearest(
 def _can_be(model: Dimensions, how: Quantization) -> bool:
     """Whether the group size divides the rows of all that would be packed."""
     try:
-        _weights(replace(model, quantization=how), mx.float32)
+        _weights(replace(model, quantization=how), mx.float32, "CPU")
     except ValueError:
         return False
     return True
@@ -228,15 +245,16 @@ def gib(size: int) -> str:
 # --- weights -------------------------------------------------------------------------------------------------
 
 
-def _weights(model: Dimensions, dtype: mx.Dtype) -> dict[str, int]:
+def _weights(model: Dimensions, dtype: mx.Dtype, device: str) -> dict[str, int]:
     modules = {
         "transformer": (WanTransformer, model.transformer),
         "text_encoder": (UMT5Encoder, model.text_encoder),
         "image_encoder": (ImageEncoder, model.image_encoder),
         "vae": (make_vae, model.vae),
     }
+    kinds = {"vae": backend.vae_dtype(dtype, device)}
     return {
-        part: 0 if config is None else _weight_bytes(make, config, part, model.quantization, dtype)
+        part: 0 if config is None else _weight_bytes(make, config, part, model.quantization, kinds.get(part, dtype))
         for part, (make, config) in modules.items()
     }
 
@@ -264,19 +282,27 @@ def _parameters(module: nn.Module, part: str, how: Quantization | None, dtype: m
 # --- work ----------------------------------------------------------------------------------------------------
 
 
-def _work(model: Dimensions, setting: Setting, device: str) -> Iterator[tuple[str, int]]:
-    """(stage, the most bytes it holds besides weights)."""
+def _work(
+    model: Dimensions, setting: Setting, device: str, room: dict[str, float], frugal: bool
+) -> Iterator[tuple[str, int]]:
+    """(stage, the most bytes it holds besides weights). room: stage -> the bytes from which on MLX runs less ahead."""
     model = replace(model, quantization=_traceable(model.quantization))
     how, dtype, size = model.quantization, setting.dtype, (setting.width, setting.height)
     text_len = model.transformer.text_len
-    yield "text", _text_work(model.text_encoder, min(setting.tokens or text_len, text_len), how, dtype, device)
+    yield (
+        "text",
+        _text_work(model.text_encoder, min(setting.tokens or text_len, text_len), how, dtype, device, room["text"]),
+    )
     if setting.pictures or model.spec.task == "vace":
         frames = setting.begins if model.spec.task == "ti2v" else setting.num_frames
-        yield "image", image_work(model.vae, size, frames, device)
+        yield "image", image_work(model.vae, size, frames, dtype, device, room["image"])
         if model.image_encoder is not None:
-            yield "tokens", _tokens_work(model.image_encoder, setting.pictures, dtype, device)
-    yield "denoise", _denoise_work(model, setting, device)
-    yield "decode", _latents(model.vae, setting).nbytes + _decode_work(model.vae, size, device)
+            yield "tokens", _tokens_work(model.image_encoder, setting.pictures, dtype, device, room["tokens"])
+    yield "denoise", _denoise_work(model, setting, device, room["denoise"])
+    yield (
+        "decode",
+        _latents(model.vae, setting).nbytes + _decode_work(model.vae, size, dtype, device, room["decode"], frugal),
+    )
 
 
 def _traceable(how: Quantization | None) -> Quantization | None:
@@ -292,28 +318,38 @@ def _latents(vae: VAEConfig | VAE21Config, setting: Setting) -> mx.array:
 
 
 @cache
-def _text_work(config: TextEncoderConfig, tokens: int, how: Quantization | None, dtype: mx.Dtype, device: str) -> int:
-    module = UMT5Encoder(config)  # whole: every layer has a table of positions from the start
+def _text_work(
+    config: TextEncoderConfig, tokens: int, how: Quantization | None, dtype: mx.Dtype, device: str, room: float
+) -> int:
+    config = replace(config, num_layers=min(config.num_layers, LAYERS))
+    module = UMT5Encoder(config).eval()
     return _module_peak(
-        module, _parameters(module, "text_encoder", how, dtype), [mx.zeros((1, tokens), mx.int32)], device
+        module, _parameters(module, "text_encoder", how, dtype), [mx.zeros((1, tokens), mx.int32)], device, room
     )
 
 
 @cache
-def image_work(vae: VAEConfig | VAE21Config, size: tuple[int, int], frames: int, device: str) -> int:
+def image_work(
+    vae: VAEConfig | VAE21Config,
+    size: tuple[int, int],
+    frames: int,
+    dtype: mx.Dtype,
+    device: str,
+    room: float = math.inf,
+) -> int:
     """A TI2V model encodes the frames that are given, others a video of the pictures and grey frames."""
     width, height = size
     rest = vae.stride[0]
     pieces = [mx.zeros((1, n, height, width, 3)) for n in (1, *[rest] * min((frames - 1) // rest, 2))]
     video = 4 * 3 * frames * height * width
-    return video + _stream_peak(vae, lambda m, x, c: m.normalise(m.moments(x, c)[0]), pieces, device)
+    return video + _stream_peak(vae, lambda m, x, c: m.normalise(m.moments(x, c)[0]), pieces, dtype, device, room)
 
 
 @cache
-def _tokens_work(config: ImageEncoderConfig, pictures: int, dtype: mx.Dtype, device: str) -> int:
+def _tokens_work(config: ImageEncoderConfig, pictures: int, dtype: mx.Dtype, device: str, room: float) -> int:
     module = ImageEncoder(replace(config, num_layers=min(config.num_layers, LAYERS)))
     squares = mx.zeros((pictures, config.image_size, config.image_size, 3))
-    return _module_peak(module, _parameters(module, "image_encoder", None, dtype), [squares], device)
+    return _module_peak(module, _parameters(module, "image_encoder", None, dtype), [squares], device, room)
 
 
 def transformer_inputs(model: Dimensions, setting: Setting) -> list[mx.array]:
@@ -331,12 +367,12 @@ def transformer_inputs(model: Dimensions, setting: Setting) -> list[mx.array]:
     return inputs
 
 
-def _denoise_work(model: Dimensions, setting: Setting, device: str) -> int:
-    config = replace(model.transformer, num_layers=1)  # each block is finished before the next begins
+def _denoise_work(model: Dimensions, setting: Setting, device: str, room: float) -> int:
+    config = replace(model.transformer, num_layers=min(model.transformer.num_layers, LAYERS))
     if config.vace_layers:
         config = replace(config, vace_layers=(0,))
     inputs, latents = transformer_inputs(model, setting), _latents(model.vae, setting)
-    module = WanTransformer(config, setting.dtype)
+    module = WanTransformer(config, setting.dtype).eval()
     named = _parameters(module, "transformer", model.quantization, setting.dtype)
     blocks = model.transformer.num_layers + len(model.transformer.vace_layers)
     known = inputs[0].nbytes - latents.nbytes
@@ -346,15 +382,19 @@ def _denoise_work(model: Dimensions, setting: Setting, device: str) -> int:
         channels = mx.zeros((*latents.shape[:-1], config.vace_in_dim))
         held += 2 * channels.nbytes
         told = lambda x, t, c, channels: module(x, t, c, control=Control(channels))  # noqa: E731
-        return held + _module_peak(module, named, [*inputs, channels], device, told)
-    return held + _module_peak(module, named, inputs, device)
+        return held + _module_peak(module, named, [*inputs, channels], device, room - held, told)
+    return held + _module_peak(module, named, inputs, device, room - held)
 
 
 @cache
-def _decode_work(vae: VAEConfig | VAE21Config, size: tuple[int, int], device: str) -> int:
+def _decode_work(
+    vae: VAEConfig | VAE21Config, size: tuple[int, int], dtype: mx.Dtype, device: str, room: float, frugal: bool
+) -> int:
     (_, stride_h, stride_w), (width, height) = vae.stride, size
     pieces = [mx.zeros((1, 1, height // stride_h, width // stride_w, vae.z_dim))] * 3
-    return _stream_peak(vae, lambda m, z, c: clipped(m.pixels(m.denormalise(z), c)), pieces, device)
+    return _stream_peak(
+        vae, lambda m, z, c: clipped(m.pixels(m.denormalise(z), c)), pieces, dtype, device, room, frugal
+    )
 
 
 def _module_peak(
@@ -362,6 +402,7 @@ def _module_peak(
     named: Sequence[tuple[str, mx.array]],
     inputs: Sequence[mx.array],
     device: str,
+    room: float,
     run: Callable[..., mx.array] | None = None,
 ) -> int:
     """What a call, or `run` of the inputs, holds beyond weights and inputs."""
@@ -370,7 +411,7 @@ def _module_peak(
         _fill(module, named, arrays)
         return (run or module)(*arrays[len(named) :])  # pyright: ignore[reportCallIssue]
 
-    return peak_bytes(call, [*(array for _, array in named), *inputs], device)
+    return peak_bytes(call, [*(array for _, array in named), *inputs], device, limit=room)
 
 
 def _fill(module: nn.Module, named: Sequence[tuple[str, mx.array]], arrays: Sequence[mx.array]) -> None:
@@ -382,11 +423,14 @@ def _stream_peak(
     config: VAEConfig | VAE21Config,
     work: Callable[[WanVAE, mx.array, FeatureCache], mx.array],
     pieces: Sequence[mx.array],
+    dtype: mx.Dtype,
     device: str,
+    room: float,
+    frugal: bool = False,
 ) -> int:
     """What `work` holds besides the VAE's weights, on piece after piece; from the third on they are alike."""
     module = make_vae(config)
-    named = _parameters(module, "vae", None, mx.float32)
+    named = _parameters(module, "vae", None, backend.vae_dtype(dtype, device))
     remembered: dict[int, mx.array] = {}
     most = 0
     for place, piece in enumerate(pieces):
@@ -395,11 +439,13 @@ def _stream_peak(
         def call(*arrays: mx.array, before=tuple(remembered), place=place) -> list[mx.array]:
             nonlocal after
             _fill(module, named, arrays)
-            after = FeatureCache(dict(zip(before, arrays[len(named) + 1 :], strict=True)), first=place == 0)
+            old = dict(zip(before, arrays[len(named) + 1 :], strict=True))
+            after = FeatureCache(old, place == 0, streaming=True, frugal=frugal)
             return [work(module, arrays[len(named)], after), *after.arrays()]
 
         old = list(remembered.values())
-        needed = peak_bytes(call, [*(array for _, array in named), piece, *old], device, released=len(old))
-        most = max(most, needed + sum(array.nbytes for array in old))
-        remembered = {layer: mx.zeros(array.shape) for layer, array in after.frames.items()}
+        kept = sum(array.nbytes for array in old)
+        given = [*(array for _, array in named), piece, *old]
+        most = max(most, kept + peak_bytes(call, given, device, len(old), room - kept))
+        remembered = {layer: mx.zeros(array.shape, array.dtype) for layer, array in after.frames.items()}
     return most

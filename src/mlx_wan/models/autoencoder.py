@@ -7,15 +7,16 @@ latent frame at a time (generation) run the same code. Tensors are channels last
 """
 
 import math
-from collections.abc import Iterable, Iterator
-from typing import Protocol
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_wan.errors import WanError
 
-from .layers import SiLU, copied, run_layers
+from . import vae_passes
+from .layers import SiLU, copied, finish, run_layers, target
 
 
 class AutoencoderConfig(Protocol):
@@ -67,10 +68,19 @@ class FeatureCache:
     Attributes:
         frames: by the id of the layer that keeps them.
         first: true while the piece that holds the clip's first frame passes.
+        streaming: whether nobody asks for gradients: layers may then use kernels that have none, and large results are
+            computed at once, so that MLX holds no more than a layer's.
+        frugal: of a stream: even less, for a tenth more time.
     """
 
-    def __init__(self, frames: dict[int, mx.array] | None = None, first: bool = True) -> None:
-        self.first = first
+    def __init__(
+        self,
+        frames: dict[int, mx.array] | None = None,
+        first: bool = True,
+        streaming: bool = False,
+        frugal: bool = False,
+    ) -> None:
+        self.first, self.streaming, self.frugal = first, streaming, frugal
         self.frames: dict[int, mx.array] = frames or {}
 
     def recall(self, layer: nn.Module) -> mx.array | None:
@@ -81,9 +91,38 @@ class FeatureCache:
         """Keeps a copy of `frames` for `layer`."""
         self.frames[id(layer)] = copied(frames)
 
+    def extend(self, layer: nn.Module, x: mx.array, memory: int) -> mx.array:
+        """`x` behind the `memory` frames before it, zeros before the clip; keeps the last."""
+        b, _, h, w, c = x.shape
+        before = self.recall(layer)
+        x = mx.concatenate([mx.zeros((b, memory, h, w, c), x.dtype) if before is None else before, x], axis=1)
+        self.keep(layer, x[:, -memory:])
+        return x
+
+    def once(self, layer: nn.Module, make: Callable[[], mx.array]) -> mx.array:
+        """What `make` returns, made once a stream."""
+        if not self.streaming:
+            return make()
+        if id(layer) not in self.frames:
+            self.frames[id(layer)] = make()
+        return self.frames[id(layer)]
+
+    def settle(self, x: mx.array) -> mx.array:
+        """`x`; if it is large, in a stream, it and all frames kept are computed now."""
+        return finish(x, *self.arrays()) if self.streaming and x.nbytes >= LARGE else x
+
+    def portions(self, x: mx.array) -> list[mx.array]:
+        """`x` (B, T, ...) by a few frames at a time if the stream is frugal, else whole."""
+        return [x[:, i : i + PORTION] for i in range(0, x.shape[1], PORTION)] if self.frugal else [x]
+
     def arrays(self) -> list[mx.array]:
         """All stored frames, for mx.eval."""
         return list(self.frames.values())
+
+
+LARGE = 1 << 25  # bytes of a result from which on a stream waits for it
+PORTION = 2  # frames that pass the widest layers of a frugal stream at once
+FEW_CHANNELS = 128  # up to which cuDNN takes less time for three 2-D convolutions than for a 3-D one; measured at 96
 
 
 class Cached(nn.Module):
@@ -98,8 +137,7 @@ class RMSNorm(nn.Module):
         self.gamma = mx.ones((dim,))
 
     def __call__(self, x: mx.array) -> mx.array:
-        # The reference guards only against a length of 0, by max(length, 1e-12): eps must vanish beside all others.
-        return mx.fast.rms_norm(x, self.gamma, 1e-24)
+        return mx.fast.rms_norm(x, self.gamma.astype(x.dtype), vae_passes.EPS)
 
 
 MAX_ELEMENTS = 2**31  # of a convolution's result: what lies beyond comes out wrong (ml-explore/mlx#3248)
@@ -125,19 +163,31 @@ class CausalConv3d(Cached):
     def __call__(self, x: mx.array, cache: FeatureCache) -> mx.array:
         # x: (B, T, H, W, C). Frames before the clip are zeros.
         memory = self.weight.shape[1] - 1
-        if memory:
-            b, _, h, w, c = x.shape
+        return self.convolve(cache.extend(self, x, memory) if memory else x) + self.bias.astype(x.dtype)
+
+    def after(self, norm: "RMSNorm", x: mx.array, cache: FeatureCache, bias: mx.array | None = None) -> mx.array:
+        """This convolution, without its bias, of silu(norm(x + bias))."""
+        memory = self.weight.shape[1] - 1
+        if cache.streaming and vae_passes.has_kernels(x):
             before = cache.recall(self)
-            x = mx.concatenate([mx.zeros((b, memory, h, w, c), x.dtype) if before is None else before, x], axis=1)
-            cache.keep(self, x[:, -memory:])
-        return self.convolve(x)
+            padded, cache.frames[id(self)] = vae_passes.norm_silu(x, bias, norm.gamma, before, memory)
+            return self.convolve(padded)
+        x = _silu(norm(x if bias is None else x + bias.astype(x.dtype)))
+        return self.convolve(cache.extend(self, x, memory))
 
     def convolve(self, x: mx.array) -> mx.array:
-        """The convolution alone, over frames the caller has put in front."""
+        """The convolution without its bias, over frames the caller has put in front."""
         out_dim, kt, kh, kw, _ = self.weight.shape
         b, t, h, w, _ = x.shape
         _check_size(b * ((t - kt) // self.stride_t + 1) * h * w * out_dim)
-        return mx.conv3d(x, self.weight, stride=(self.stride_t, 1, 1), padding=(0, kh // 2, kw // 2)) + self.bias
+        if target() == "CUDA" and (b, kt, self.stride_t) == (1, 3, 1) and x.shape[-1] == out_dim <= FEW_CHANNELS:
+            frames = (x[:, i : t - kt + i + 1].reshape(-1, *x.shape[2:]) for i in range(kt))
+            parts = [mx.conv2d(f, self.weight[:, i], padding=kh // 2) for i, f in enumerate(frames)]
+            return (parts[0] + parts[1] + parts[2])[None]
+        return mx.conv3d(x, self.weight, stride=(self.stride_t, 1, 1), padding=(0, kh // 2, kw // 2))
+
+
+_silu = SiLU()
 
 
 class Conv2d(nn.Conv2d):
@@ -145,8 +195,8 @@ class Conv2d(nn.Conv2d):
 
     def __call__(self, x: mx.array) -> mx.array:
         _check_size(math.prod(x.shape[:-1]) * self.weight.shape[0] // self.stride[0] ** 2)
-        frames = super().__call__(x.reshape(-1, *x.shape[2:]))
-        return frames.reshape(*x.shape[:2], *frames.shape[1:])
+        frames = mx.conv2d(x.reshape(-1, *x.shape[2:]), self.weight, self.stride, self.padding)
+        return frames.reshape(*x.shape[:2], *frames.shape[1:]) + self.bias.astype(x.dtype)
 
 
 class ResidualBlock(Cached):
@@ -164,9 +214,15 @@ class ResidualBlock(Cached):
         self.shortcut = CausalConv3d(in_dim, out_dim, (1, 1, 1)) if in_dim != out_dim else nn.Identity()
 
     def __call__(self, x: mx.array, cache: FeatureCache) -> mx.array:
-        shortcut = self.shortcut
-        h = shortcut(x, cache) if isinstance(shortcut, CausalConv3d) else x
-        return h + run_cached(self.residual, x, cache)
+        norm1, _, conv1, norm2, _, _, conv2 = self.residual
+        h, bias = x, conv2.bias
+        if isinstance(self.shortcut, CausalConv3d):
+            h, bias = self.shortcut.convolve(x), bias + self.shortcut.bias
+        y = conv1.after(norm1, x, cache)
+        y = conv2.after(norm2, cache.settle(y) if cache.frugal else y, cache, conv1.bias)
+        if cache.streaming and vae_passes.has_kernels(y):
+            return cache.settle(vae_passes.add(h, y, bias))
+        return cache.settle(h + (y + bias.astype(y.dtype)))
 
 
 class AttentionBlock(Cached):
@@ -208,11 +264,21 @@ class Downsample(Cached):
             return x
         before = cache.recall(self)
         cache.keep(self, x[:, -1:])
+        bias = self.time_conv.bias.astype(x.dtype)
         if before is not None:
-            return self.time_conv.convolve(mx.concatenate([before, x], axis=1))
+            return self.time_conv.convolve(mx.concatenate([before, x], axis=1)) + bias
         if x.shape[1] == 1:
             return x
-        return mx.concatenate([x[:, :1], self.time_conv.convolve(x)], axis=1)
+        return mx.concatenate([x[:, :1], self.time_conv.convolve(x) + bias], axis=1)
+
+
+def duplicate_up(x: mx.array, out_dim: int, factor_t: int, factor_s: int, first: bool) -> mx.array:
+    """Shortcut of an upsampling stage: repeats channels and unfolds them into pixels; reverses `average_down`."""
+    b, t, h, w, c = x.shape
+    repeats = out_dim * factor_t * factor_s**2 // c
+    x = mx.repeat(x, repeats, axis=-1).reshape(b, t, h, w, out_dim, factor_t, factor_s, factor_s)
+    x = x.transpose(0, 1, 5, 2, 6, 3, 7, 4).reshape(b, t * factor_t, h * factor_s, w * factor_s, out_dim)
+    return x[:, factor_t - 1 :] if first else x
 
 
 class Upsample(Cached):
@@ -224,10 +290,15 @@ class Upsample(Cached):
     def __init__(self, dim: int, out_dim: int, temporal: bool):
         super().__init__()
         self.resample = [nn.Identity(), Conv2d(dim, out_dim, 3, padding=1)]
+        self.temporal = temporal
         if temporal:
             self.time_conv = CausalConv3d(dim, 2 * dim, (3, 1, 1))
 
     def __call__(self, x: mx.array, cache: FeatureCache) -> mx.array:
+        return self.double(self.double_time(x, cache), cache)
+
+    def double_time(self, x: mx.array, cache: FeatureCache) -> mx.array:
+        """Two frames of each but the clip's first, if this layer doubles time."""
         if "time_conv" in self:
             single, rest = (x[:, :1], x[:, 1:]) if cache.first else (x[:, :0], x)
             if rest.shape[1]:
@@ -235,9 +306,29 @@ class Upsample(Cached):
                 pairs = self.time_conv(rest, cache).reshape(b, t, h, w, 2, c)
                 rest = pairs.transpose(0, 1, 4, 2, 3, 5).reshape(b, 2 * t, h, w, c)
             x = mx.concatenate([single, rest], axis=1)
+        return x
+
+    def double(self, x: mx.array, cache: FeatureCache, shortcut: mx.array | None = None, factor_t: int = 1) -> mx.array:
+        """Twice the rows and columns of x, and the unfolded channels of `shortcut` on top (`duplicate_up`)."""
+        conv = cast(Conv2d, self.resample[1])
         b, t, h, w, c = x.shape
-        x = mx.broadcast_to(x[:, :, :, None, :, None], (b, t, h, 2, w, 2, c)).reshape(b, t, 2 * h, 2 * w, c)
-        return run_layers(self.resample, x)
+        out_dim = conv.weight.shape[0]
+        _check_size(b * t * 4 * h * w * out_dim)
+        weight = cache.once(conv, lambda: vae_passes.phase_weights(conv.weight))
+        y = mx.conv2d(x.reshape(b * t, h, w, c), weight, padding=1)
+        y = y.reshape(b, t, h + 1, w + 1, 4 * out_dim)
+        if cache.streaming and vae_passes.has_kernels(y):
+            return vae_passes.interleave(y, conv.bias, shortcut, factor_t)
+        y = y.reshape(b, t, h + 1, w + 1, 2, 2, out_dim)
+        rows = [mx.stack([y[:, :, i : i + h, j : j + w, i, j] for j in (0, 1)], axis=4) for i in (0, 1)]
+        y = mx.stack(rows, axis=3).reshape(b, t, 2 * h, 2 * w, out_dim) + conv.bias.astype(x.dtype)
+        return y if shortcut is None else y + duplicate_up(shortcut, out_dim, factor_t, 2, cache.first)
+
+
+def run_head(layers: list[nn.Module], x: mx.array, cache: FeatureCache) -> mx.array:
+    """Norm, SiLU and the last convolution."""
+    norm, conv = cast(RMSNorm, layers[0]), cast(CausalConv3d, layers[2])
+    return conv.after(norm, x, cache) + conv.bias.astype(x.dtype)
 
 
 def middle(dim: int) -> list[nn.Module]:
@@ -259,7 +350,7 @@ class Encoder(nn.Module):
 
     def __call__(self, x: mx.array, cache: FeatureCache) -> mx.array:
         x = run_cached(self.downsamples, self.conv1(x, cache), cache)
-        return run_cached(self.head, run_cached(self.middle, x, cache), cache)
+        return run_head(self.head, run_cached(self.middle, x, cache), cache)
 
 
 class Decoder(nn.Module):
@@ -271,11 +362,18 @@ class Decoder(nn.Module):
         self.conv1 = CausalConv3d(config.z_dim, first, (3, 3, 3))
         self.middle = middle(first)
         self.upsamples = list(stages)
+        self.in_time = 1 + max((i for i, s in enumerate(self.upsamples) if getattr(s, "temporal", False)), default=-1)
         self.head = [RMSNorm(last), SiLU(), CausalConv3d(last, 3 * config.patch_size**2, (3, 3, 3))]
 
     def __call__(self, x: mx.array, cache: FeatureCache) -> mx.array:
         x = run_cached(self.middle, self.conv1(x, cache), cache)
-        return run_cached(self.head, run_cached(self.upsamples, x, cache), cache)
+        x = run_cached(self.upsamples[: self.in_time], x, cache)
+        # All frames are there: the rest is the same for one as for many, and the widest.
+        done: list[mx.array] = []
+        for part in cache.portions(x):
+            part = finish(part, *done) if done else part
+            done.append(run_head(self.head, run_cached(self.upsamples[self.in_time :], part, cache), cache))
+        return mx.concatenate(done, axis=1)
 
 
 def fold_pixels(video: mx.array, p: int) -> mx.array:
@@ -297,16 +395,15 @@ def clipped(pixels: mx.array) -> mx.array:
     return mx.where(mx.isinf(pixels), mx.nan, mx.clip(pixels, -1, 1))
 
 
-def _floats(array: mx.array, what: str, channels: int) -> mx.array:
-    """`array` (NumPy's too) as MLX has it, found to be (B, T, H, W, channels) of floats.
+def _check_floats(array: Any, what: str, channels: int) -> None:
+    """`array`, MLX's or NumPy's, is found to be (B, T, H, W, channels) of floats.
 
     Whole numbers are refused because pixels of 0 to 255 would pass for a video in [-1, 1].
     """
-    array = array if isinstance(array, mx.array) else mx.array(array)
-    if array.ndim != 5 or array.shape[-1] != channels or not mx.issubdtype(array.dtype, mx.floating):
+    floats = mx.issubdtype(array.dtype, mx.floating) if isinstance(array, mx.array) else array.dtype.kind == "f"
+    if array.ndim != 5 or array.shape[-1] != channels or not floats:
         dtype = str(array.dtype).removeprefix("mlx.core.")
         raise ValueError(f"{what} must be floats (B, T, H, W, {channels}), not {dtype} {tuple(array.shape)}")
-    return array
 
 
 class WanVAE(nn.Module):
@@ -337,16 +434,17 @@ class WanVAE(nn.Module):
 
         T is 4n + 1 for the first piece of a clip and 4n for the others.
         """
-        out = self.conv1(self.encoder(fold_pixels(piece, self.config.patch_size), cache), cache)
+        piece = fold_pixels(piece.astype(self.conv1.weight.dtype), self.config.patch_size)
+        out = self.conv1(self.encoder(piece, cache), cache).astype(mx.float32)
         cache.first = False
         mean, log_variance = mx.split(out, 2, axis=-1)
         return mean, log_variance
 
     def pixels(self, latents: mx.array, cache: FeatureCache) -> mx.array:
         """A piece of video, not clipped, from a piece (B, t, h, w, z_dim) of latents that are not normalised."""
-        out = self.decoder(self.conv2(latents, cache), cache)
+        out = self.decoder(self.conv2(latents.astype(self.conv2.weight.dtype), cache), cache)
         cache.first = False
-        return unfold_pixels(out, self.config.patch_size)
+        return unfold_pixels(out.astype(mx.float32), self.config.patch_size)
 
     def normalise(self, mean: mx.array) -> mx.array:
         """Latents as the transformer sees them."""
@@ -357,11 +455,11 @@ class WanVAE(nn.Module):
         return latents * mx.array(self.config.latents_std) + mx.array(self.config.latents_mean)
 
     def stream_encode(self, video: mx.array) -> Iterator[mx.array]:
-        """Normalised latents, one frame (B, 1, h, w, z_dim) at a time, of a video as in `encode`.
+        """Normalised latents, one frame (B, 1, h, w, z_dim) at a time, of a video (MLX's or NumPy's) as in `encode`.
 
         Raises ValueError for a shape that the strides do not divide, or for whole numbers.
         """
-        video = _floats(video, "video", 3)
+        _check_floats(video, "video", 3)
         stride_t, stride_h, stride_w = self.config.stride
         frames, height, width = video.shape[1:4]
         if frames % stride_t != 1 or height % stride_h or width % stride_w:
@@ -369,20 +467,23 @@ class WanVAE(nn.Module):
                 f"video of {frames} frames, {width}×{height}: frames must be {stride_t}n+1, "
                 f"width divisible by {stride_w} and height by {stride_h}"
             )
-        cache = FeatureCache()
+        cache = FeatureCache(streaming=True)
         for end in range(1, frames + 1, stride_t):
-            mean, _ = self.moments(video[:, max(0, end - stride_t) : end], cache)
+            mean, _ = self.moments(mx.array(video[:, max(0, end - stride_t) : end]), cache)
             latents = self.normalise(mean)
             mx.eval(latents, cache.arrays())
             yield latents
 
-    def stream_decode(self, latents: mx.array) -> Iterator[mx.array]:
+    def stream_decode(self, latents: mx.array, frugal: bool = False) -> Iterator[mx.array]:
         """Video in pieces of 1, 4, 4, … frames (B, ·, H, W, 3) in [-1, 1], each evaluated; memory stays constant.
+
+        frugal: see `FeatureCache`.
 
         Raises ValueError for latents of another shape than in `decode`.
         """
-        latents = _floats(latents, "latents", self.config.z_dim)
-        cache = FeatureCache()
+        _check_floats(latents, "latents", self.config.z_dim)
+        latents = mx.array(latents)
+        cache = FeatureCache(streaming=True, frugal=frugal)
         for i in range(latents.shape[1]):
             piece = clipped(self.pixels(self.denormalise(latents[:, i : i + 1]), cache))
             mx.eval(piece, cache.arrays())

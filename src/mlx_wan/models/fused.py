@@ -13,7 +13,7 @@ from typing import Any, cast
 import mlx.core as mx
 
 from . import layers
-from .layers import backend, is_traced
+from .layers import cuda_kernel, is_traced, target
 
 Arrays = tuple[mx.array, ...]
 
@@ -225,11 +225,6 @@ _GELU_SOURCE = """
 """
 
 
-@lru_cache
-def _kernel(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], source: str) -> Callable[..., Any]:
-    return cast(Any, mx.fast.cuda_kernel(name, list(inputs), list(outputs), source, _HEADER))
-
-
 def _threads(width: int, vector: int) -> tuple[int, int]:
     """Threads for a row of `width` values, `vector` at a time, and how many times each has its turn."""
     vectors = width // vector
@@ -252,7 +247,7 @@ def _launch(
     threads, parts = _threads(width, vector)
     # The kernel's text says all that its name does not: MLX tells kernels apart by both.
     source = f"  constexpr float EPS = {eps!r}f;\n{source}"
-    kernel = _kernel(name, tuple(inputs), tuple(outputs), source)
+    kernel = cuda_kernel(name, tuple(inputs), tuple(outputs), source, _HEADER)
     template = {"WIDTH": width, "THREADS": threads, "PARTS": parts, **constants}
     return tuple(
         kernel(
@@ -297,7 +292,7 @@ def _cuda_rms(eps: float, dtype: mx.Dtype, num_heads: int, x: mx.array, weight: 
 
 
 def _cuda_gelu(x: mx.array) -> Arrays:
-    kernel = _kernel("gelu", ("x",), ("y",), _GELU_SOURCE)
+    kernel = cuda_kernel("gelu", ("x",), ("y",), _GELU_SOURCE, _HEADER)
     (y,) = kernel(
         inputs=[x.reshape(-1, x.shape[-1])],
         template=[("THREADS", 256)],
@@ -339,8 +334,10 @@ def with_plain_gradient(
 
 def _run(plain: Callable[..., Arrays], fixed: tuple[Any, ...], *arrays: mx.array) -> Arrays:
     """In one pass if this backend has a kernel, which wants rows of whole vectors."""
-    if backend() != "CUDA" or is_traced() or arrays[0].shape[-1] % 8:
+    if target() != "CUDA" or arrays[0].shape[-1] % 8:
         return plain(*fixed, *arrays)
+    if is_traced():
+        return KERNELS[plain](*fixed, *arrays)
     return with_plain_gradient(KERNELS[plain], plain, *fixed)(*arrays)
 
 

@@ -4,7 +4,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 from functools import lru_cache
-from typing import cast
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -59,25 +59,71 @@ def _plain_copy(x: mx.array) -> mx.array:
     return x * 1
 
 
+def _waited_for(x: mx.array, *others: mx.array) -> mx.array:
+    mx.eval(x, *others)
+    return x
+
+
+def _depended_on(x: mx.array, *others: mx.array) -> mx.array:
+    return mx.depends([x], [x, *others])[0]
+
+
 # Operations whose graphs mx.export_function cannot write, and the same in one that it can.
-_USUAL: dict[str, Callable] = {"gelu": _cpu_gelu, "silu": _cpu_silu, "copy": mx.contiguous}
-_TRACEABLE: dict[str, Callable] = {"gelu": _plain_gelu, "silu": _plain_silu, "copy": _plain_copy}
+_USUAL: dict[str, Callable] = {"gelu": _cpu_gelu, "silu": _cpu_silu, "copy": mx.contiguous, "finish": _waited_for}
+_TRACEABLE: dict[str, Callable] = {
+    "gelu": _plain_gelu,
+    "silu": _plain_silu,
+    "copy": _plain_copy,
+    "finish": _depended_on,
+}
 _forms = dict(_USUAL)
+_traced_for: str | None = None
 
 
 @contextlib.contextmanager
-def traceable() -> Iterator[None]:
-    """Inside, `mx.export_function` can trace the models: same values and same memory, but no gradients of our own."""
+def traceable(device: str) -> Iterator[None]:
+    """Inside, `mx.export_function` can trace the models as they run on `device` ("CPU", "Metal" or "CUDA").
+
+    Memory is the same. So are values, but for those of kernels of our own, which an operation of the same size stands
+    for; and there are no gradients of our own.
+    """
+    global _traced_for
     _forms.update(_TRACEABLE)
+    _traced_for = device
     try:
         yield
     finally:
         _forms.update(_USUAL)
+        _traced_for = None
 
 
-def is_traced() -> bool:
-    """Whether a graph is being traced that must be written in MLX's own operations."""
-    return _forms == _TRACEABLE
+def traced_for() -> str | None:
+    """The device that a graph is being traced for; None while things are computed."""
+    return _traced_for
+
+
+def stand_in(shape: tuple[int, ...], dtype: mx.Dtype, *inputs: mx.array) -> mx.array:
+    """For tracing: an array that one operation makes when all inputs are there. Its values mean nothing."""
+    nothing = sum((x.reshape(-1)[:1].astype(mx.int32) for x in inputs), mx.zeros((1,), mx.int32))
+    return mx.zeros((1,), dtype)[mx.broadcast_to(nothing, shape)]
+
+
+@lru_cache
+def cuda_kernel(
+    name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], source: str, header: str = ""
+) -> Callable[..., list[mx.array]]:
+    """`mx.fast.cuda_kernel`; while a graph is traced, what stands for it."""
+    made: list[Any] = []
+
+    def call(**given: Any) -> list[mx.array]:
+        if is_traced():
+            results = zip(given["output_shapes"], given["output_dtypes"], strict=True)
+            return [stand_in(shape, dtype, *given["inputs"]) for shape, dtype in results]
+        if not made:
+            made.append(mx.fast.cuda_kernel(name, list(inputs), list(outputs), source, header))
+        return made[0](**given)
+
+    return call
 
 
 def backend() -> str:
@@ -85,6 +131,24 @@ def backend() -> str:
     if mx.default_device() != mx.Device(mx.gpu):
         return "CPU"
     return "Metal" if mx.metal.is_available() else "CUDA"
+
+
+def target() -> str:
+    """The device that a graph is being traced for, else the one that computes."""
+    return _traced_for or backend()
+
+
+def finish(x: mx.array, *others: mx.array) -> mx.array:
+    """`x`, once it and `others` are computed.
+
+    MLX hands out memory ahead of its work: what is made of the result gets none before this is done.
+    """
+    return cast(mx.array, _forms["finish"](x, *others))
+
+
+def is_traced() -> bool:
+    """Whether a graph is being traced that must be written in MLX's own operations."""
+    return _traced_for is not None
 
 
 def copied(x: mx.array) -> mx.array:
@@ -95,20 +159,22 @@ def copied(x: mx.array) -> mx.array:
 class Pace:
     """Lets MLX work ahead by one part of a computation, and no more: memory is handed out before the work is done.
 
-    Called with what each part ends in. Without it a GPU has the arrays of many parts at once; waiting for each part
-    instead leaves the GPU idle in between. Nothing happens while a graph is traced.
+    Called with what each part ends in; what it returns is to be used in its place. Without it a GPU has the arrays of
+    many parts at once; waiting for each part instead leaves the GPU idle in between.
     """
 
     def __init__(self) -> None:
         self._last: mx.array | None = None
 
-    def __call__(self, x: mx.array) -> None:
+    def __call__(self, x: mx.array) -> mx.array:
         if is_traced():
-            return
-        mx.async_eval(x)
-        if self._last is not None:
-            mx.eval(self._last)
+            x = mx.depends([x], [x if self._last is None else self._last])[0]
+        else:
+            mx.async_eval(x)
+            if self._last is not None:
+                mx.eval(self._last)
         self._last = x
+        return x
 
 
 def _on_cpu(x: mx.array) -> bool:
@@ -174,6 +240,12 @@ def _attention_in_pieces(scale: float) -> Callable[[mx.array, mx.array, mx.array
     return cast(Callable[[mx.array, mx.array, mx.array], mx.array], attention)
 
 
+def _is_fused_where_traced_for(q: mx.array, head_dim: int) -> bool:
+    """Whether the attention being traced is one kernel there. The trace would have it as on this machine."""
+    half = q.dtype in (mx.bfloat16, mx.float16)
+    return traced_for() == "Metal" or (traced_for() == "CUDA" and half and head_dim <= 128 and head_dim % 8 == 0)
+
+
 TILE = 128  # queries that a block of CUDA's fused backward pass takes
 
 
@@ -207,6 +279,8 @@ def attend(
         (B, Lq, num_heads * head_dim) in q's dtype.
     """
     batch, length, width = q.shape
+    if _is_fused_where_traced_for(q, width // num_heads):
+        return stand_in(q.shape, q.dtype, q, k, v)
     q, k, v = (a.reshape(batch, a.shape[1], num_heads, -1).transpose(0, 2, 1, 3) for a in (q, k, v))
     if in_pieces or (mask is None and _loses_the_process(q, k)):
         out = _attention_in_pieces(scale)(q, k, v)

@@ -5,7 +5,7 @@ from functools import partial
 import mlx.core as mx
 import mlx.nn as nn
 
-from .layers import backend
+from .layers import target, traced_for
 
 # Up to this many rows the matrix is multiplied as it is packed; above, it is unpacked once a call.
 # CPU: measured, docs/benchmarks.md. CUDA: measured at 16 rows (packed is twice as fast) and at 512 (unpacked is 1.8
@@ -24,7 +24,7 @@ class PackedLinear(nn.QuantizedLinear):
     def __call__(self, x: mx.array) -> mx.array:
         """(..., in) -> (..., out), in x's dtype or the bias's, whichever is larger."""
         rows = x.reshape(-1, x.shape[-1])
-        few = rows.shape[0] <= FEW_ROWS[backend()]
+        few = rows.shape[0] <= FEW_ROWS[target()]
         multiply = self._packed if few else partial(_product, self._unpacked(x.dtype).T)
         pieces = [multiply(rows[i : i + MAX_ROWS]) for i in range(0, rows.shape[0], MAX_ROWS)]
         y = (pieces[0] if len(pieces) == 1 else mx.concatenate(pieces)).reshape(*x.shape[:-1], -1).astype(x.dtype)
@@ -35,5 +35,9 @@ class PackedLinear(nn.QuantizedLinear):
         return mx.quantized_matmul(rows, *matrix, True, self.group_size, self.bits, self.mode)
 
     def _unpacked(self, dtype: mx.Dtype) -> mx.array:
+        if traced_for() in ("CUDA", "Metal"):  # one kernel there, and many operations where the trace is made
+            rows, columns = self.weight.shape[0], self.weight.shape[1] * 32 // self.bits
+            values = self.weight.view(dtype)[..., None]
+            return mx.broadcast_to(values, (rows, values.shape[1], columns // values.shape[1])).reshape(rows, columns)
         matrix = self.weight, self.scales, self.get("biases")
         return mx.dequantize(*matrix, self.group_size, self.bits, self.mode, dtype=dtype)

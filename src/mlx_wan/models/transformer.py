@@ -235,7 +235,7 @@ class Block(nn.Module):
             x = fused.add(x, y, gate1)
             y = x.astype(self.dtype)
         if pace is not None:
-            pace(y)
+            y = pace(y)
         if image is not None and isinstance(self.cross_attn, ImageCrossAttention):
             y = self.cross_attn.attend_image(y, context, image)
         else:
@@ -243,7 +243,7 @@ class Block(nn.Module):
         x, y = fused.add_norm(x, y, None, 1 + scale2, shift2, self.eps, self.dtype)
         x = fused.add(x, run_layers(self.ffn, y), gate2)
         if pace is not None:
-            pace(x)
+            x = pace(x)
         return x
 
 

@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .layers import GELU, attend, run_layers
+from .layers import GELU, Pace, attend, run_layers
 
 MAX_DISTANCE = 128  # tokens; further apart than this, all pairs share the last bucket
 
@@ -104,7 +104,11 @@ class EncoderBlock(nn.Module):
 
 
 class UMT5Encoder(nn.Module):
-    """Text encoder; computes in the dtype of its weights."""
+    """Text encoder; computes in the dtype of its weights.
+
+    In evaluation (`eval()`, which the pipeline calls) MLX works ahead by one block: that keeps memory small and
+    forbids `mx.grad` and `mx.compile` around a call.
+    """
 
     def __init__(self, config: TextEncoderConfig):
         super().__init__()
@@ -124,9 +128,11 @@ class UMT5Encoder(nn.Module):
         """
         keys = None if mask is None else (mask != 0)[:, None, None, :]
         buckets = mx.array(relative_buckets(ids.shape[1], self.config.num_buckets))
-        x = self.token_embedding(ids)
+        x, pace = self.token_embedding(ids), None if self.training else Pace()
         for block in self.blocks:
             x = block(x, buckets, keys)
+            if pace is not None:
+                x = pace(x)
         return self.norm(x)
 
     def init_weights(self) -> None:

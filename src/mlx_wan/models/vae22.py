@@ -7,6 +7,7 @@ shortcuts lead around the stages. What it shares with Wan2.1's, and how clips pa
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -63,15 +64,6 @@ def average_down(x: mx.array, out_dim: int, factor_t: int, factor_s: int) -> mx.
     return x.reshape(b, t, h, w, out_dim, -1).mean(axis=-1)
 
 
-def duplicate_up(x: mx.array, out_dim: int, factor_t: int, factor_s: int, first: bool) -> mx.array:
-    """Shortcut of an upsampling stage: repeats channels and unfolds them into pixels; reverses `average_down`."""
-    b, t, h, w, c = x.shape
-    repeats = out_dim * factor_t * factor_s**2 // c
-    x = mx.repeat(x, repeats, axis=-1).reshape(b, t, h, w, out_dim, factor_t, factor_s, factor_s)
-    x = x.transpose(0, 1, 5, 2, 6, 3, 7, 4).reshape(b, t * factor_t, h * factor_s, w * factor_s, out_dim)
-    return x[:, factor_t - 1 :] if first else x
-
-
 class DownStage(Cached):
     """Residual blocks, then a Downsample unless it is the last stage; a parameterless shortcut around them."""
 
@@ -94,18 +86,19 @@ class UpStage(Cached):
 
     def __init__(self, in_dim: int, out_dim: int, num_blocks: int, strided: bool, temporal: bool):
         super().__init__()
-        self.out_dim, self.strided = out_dim, strided
-        self.factor_t = 2 if temporal else 1
+        self.strided = strided
         widths = [in_dim] + [out_dim] * num_blocks
+        self.temporal = temporal
         self.upsamples: list[nn.Module] = [ResidualBlock(a, b) for a, b in pairwise(widths)]
         if strided:
             self.upsamples.append(Upsample(out_dim, out_dim, temporal))
 
     def __call__(self, x: mx.array, cache: FeatureCache) -> mx.array:
-        out = run_cached(self.upsamples, x, cache)
         if not self.strided:
-            return out
-        return out + duplicate_up(x, self.out_dim, self.factor_t, 2, cache.first)
+            return run_cached(self.upsamples, x, cache)
+        *blocks, last = self.upsamples
+        upsample, y = cast(Upsample, last), run_cached(blocks, x, cache)
+        return cache.settle(upsample.double(upsample.double_time(y, cache), cache, x, 2 if self.temporal else 1))
 
 
 def down_stages(config: VAEConfig) -> Iterator[nn.Module]:

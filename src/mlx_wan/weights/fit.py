@@ -34,7 +34,7 @@ def component_tensors(checkpoint: Checkpoint, name: str, dtype: mx.Dtype | None)
     """The tensors of a part, one of `checkpoint.parts`, as its module takes them, each read when asked for.
 
     Official names, channels last, types by the policy of the `load_*` functions, or as stored where `dtype` is
-    None (but for what is always float32). Raises as `locate`.
+    None (but for what is always float32); the VAE in float32. Raises as `locate`.
     """
     modules = {
         "transformer": lambda: WanTransformer(checkpoint.transformer_config),
@@ -42,7 +42,9 @@ def component_tensors(checkpoint: Checkpoint, name: str, dtype: mx.Dtype | None)
         "image_encoder": lambda: ImageEncoder(checkpoint.image_encoder_config or ImageEncoderConfig()),
         "vae": lambda: make_vae(checkpoint),
     }
-    return fit_tensors(checkpoint, name, modules[checkpoint.parts[name].identity.component](), dtype)
+    return fit_tensors(
+        checkpoint, name, modules[checkpoint.parts[name].identity.component](), None if name == "vae" else dtype
+    )
 
 
 def fit_tensors(checkpoint: Checkpoint, name: str, module: nn.Module, dtype: mx.Dtype | None) -> list[TensorInfo]:
@@ -115,10 +117,10 @@ def parameter_dtype(component: str, name: str, stored: mx.Dtype, dtype: mx.Dtype
     """The type in which a parameter that a file has as `stored` is loaded, matrices in `dtype` (None: as stored)."""
     if not mx.issubdtype(stored, mx.floating):
         return stored
+    if component == "vae":
+        return mx.float32 if dtype is None or not name.endswith(".weight") else dtype
     always = component == "transformer" and any(fragment in name for fragment in FLOAT32_PARAMETERS)
-    if always or component == "vae":
-        return mx.float32
-    return dtype or stored
+    return mx.float32 if always else dtype or stored
 
 
 def _fitted(info: TensorInfo, name: str, way: str, shape: tuple[int, ...], dtype: mx.Dtype) -> TensorInfo:

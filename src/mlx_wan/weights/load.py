@@ -47,9 +47,9 @@ def load_image_encoder(checkpoint: Checkpoint, dtype: mx.Dtype) -> ImageEncoder:
     return _fill(checkpoint, "image_encoder", ImageEncoder(checkpoint.image_encoder_config), dtype)
 
 
-def load_vae(checkpoint: Checkpoint) -> WanVAE:
-    """The VAE, evaluated, in float32. Raises as `load_transformer`."""
-    return _fill(checkpoint, "vae", make_vae(checkpoint), mx.float32)
+def load_vae(checkpoint: Checkpoint, dtype: mx.Dtype = mx.float32) -> WanVAE:
+    """The VAE, evaluated; its convolutions in `dtype`, biases and norms in float32. Raises as `load_transformer`."""
+    return _fill(checkpoint, "vae", make_vae(checkpoint), dtype)
 
 
 def fill(module: nn.Module, tensors: list[TensorInfo], read: Callable[[TensorInfo], mx.array]) -> None:
