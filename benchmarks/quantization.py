@@ -109,7 +109,7 @@ def random_transformer(config: TransformerConfig, dtype: mx.Dtype, how: Quantiza
 
 def one_call(pipe: mlx_wan.WanPipeline) -> mx.array:
     """The transformer's answer to noise, halfway."""
-    shape = pipe._latent_shape(pipe.spec.width, pipe.spec.height, pipe.spec.num_frames)
+    shape = pipe._latent_shape(pipe.spec.width, pipe.spec.height, pipe.spec.num_frames, None)
     context = pipe._padded(mx.random.normal((8, pipe.transformer.config.text_dim), key=mx.random.key(1)))
     return pipe.transformer(mx.random.normal(shape, key=mx.random.key(0)), mx.array([500.0]), context)
 

@@ -19,7 +19,7 @@ def test_what_the_other_side_is_given(tmp_path):
         arrays = dict(stored)
     about = json.loads(str(arrays["about"]))
     assert all(found["wall"] > 0 and found["cpu"] > 0 for found in about["times"].values())
-    assert arrays["answer/decode"].shape == (1, 25, 96, 96, 3)
+    assert arrays["answer/decode"].shape == (1, 25, 128, 128, 3)
     assert arrays["answer/transformer"].shape == arrays["latents"].shape
     assert arrays["transformer/patch_embedding.weight"].shape == (256, 1, 2, 2, 24)
     assert any(name.startswith("vae/decoder.") for name in arrays)

@@ -280,7 +280,7 @@ def test_validation_is_the_same_each_time_and_has_its_bands(model, data, tmp_pat
 def test_a_band_asks_within_its_timesteps():
     seen = []
 
-    def transformer(latents, timesteps, context):
+    def transformer(latents, timesteps, context, image=None):
         seen.append(timesteps[0, 0].item())
         return mx.zeros(latents.shape)
 

@@ -92,7 +92,7 @@ class FixedVelocity:
     def __init__(self, velocity):
         self.velocity = velocity
 
-    def __call__(self, latents, timesteps, context):
+    def __call__(self, latents, timesteps, context, image=None):
         self.latents, self.timesteps, self.context = np.array(latents), np.array(timesteps), np.array(context)
         return mx.array(self.velocity)
 

@@ -58,7 +58,7 @@ def test_every_layout_gives_the_same_modules(tmp_path, layout):
 
 def test_dimensions_are_read_off_the_tensors(folder):
     checkpoint = locate(folder)
-    want = {**small.TRANSFORMER, "image_dim": 0, "image_positions": 0}
+    want = {**small.TRANSFORMER, "image_dim": 0, "image_positions": 0, "vace_layers": (), "vace_in_dim": 0}
     assert {
         f.name: getattr(checkpoint.transformer_config, f.name) for f in fields(checkpoint.transformer_config)
     } == want
@@ -484,7 +484,8 @@ def test_models_of_the_wan21_kind(tmp_path, kind, like):
     assert (found.kind, found.spec.name, found.layout.name) == (like, "custom", "official")
     assert list(found.parts) == [part for part in PARTS if part in small.MODELS[f"small-{kind}"]]
     for f in fields(found.transformer_config):
-        want = {"image_dim": 0, "image_positions": 0, **small.MODELS[f"small-{kind}"]["transformer"]}
+        none = {"image_dim": 0, "image_positions": 0, "vace_layers": (), "vace_in_dim": 0}
+        want = {**none, **small.MODELS[f"small-{kind}"]["transformer"]}
         assert getattr(found.transformer_config, f.name) == want[f.name]
     if kind == "t2v-14B":
         assert found.image_encoder_config is None

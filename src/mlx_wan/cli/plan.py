@@ -105,6 +105,5 @@ def planned_setting(args: argparse.Namespace, model: "Dimensions", keep_both_exp
         extend.check(spec, frames, args.overlap, last=False)
         pictures = 1
     dtype = getattr(mx, args.dtype) if args.dtype else backend.default_dtype()
-    both, begins = args.keep_both_experts, args.overlap or 1
-    more = {"references": args.references, "begins": begins}
-    return Setting(width, height, frames, dtype, pictures, keep_both_experts=both, **more)
+    more = {"keep_both_experts": keep_both_experts, "references": args.references, "begins": args.overlap or 1}
+    return Setting(width, height, frames, dtype, pictures, **more)
