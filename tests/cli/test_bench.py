@@ -22,7 +22,7 @@ def test_the_table_has_a_row_for_each_part(capsys):
     assert code == 0
     assert "random weights" in err
     title, _, machine, _, head, rule, *rows, _, last = out.splitlines()
-    assert title == "**tiny**, 96×96, 9 frames, float32"
+    assert title == "**tiny**, 128×128, 9 frames, float32"
     assert f"MLX {backend.version('mlx')}" in machine
     assert [cell.strip() for cell in head.strip("|").split("|")] == COLUMNS
     assert rule.count("|") == head.count("|")
@@ -41,18 +41,18 @@ def test_json_has_every_time_and_the_memory_that_was_planned(capsys):
     code, out, _ = bench(capsys, "--json", "--repeat", "3", "--parts", "transformer", "decode", "--pieces", "2")
     assert code == 0
     found = json.loads(out)
-    assert (found["model"], found["width"], found["num_frames"]) == ("tiny", 96, 25)
+    assert (found["model"], found["width"], found["num_frames"]) == ("tiny", 128, 25)
     transformer, first, more = found["measurements"]
     assert [len(row["seconds"]) for row in found["measurements"]] == [3, 1, 2]
     assert sorted(transformer["seconds"])[1] == transformer["median"]
-    assert transformer["work"] == "63 tokens"  # 7 latent frames of 6x6, in patches of 2x2
+    assert transformer["work"] == "112 tokens"  # 7 latent frames of 8x8, in patches of 2x2
     assert first["weights"] == more["weights"] < more["peak"]
     import mlx.core as mx
 
     from mlx_wan.weights.locate import locate
 
     model = Dimensions.of_checkpoint(locate("tiny"))
-    stages = {stage.name: stage for stage in plans(model, Setting(96, 96, 25, mx.float32), "CPU")[1].stages}
+    stages = {stage.name: stage for stage in plans(model, Setting(128, 128, 25, mx.float32), "CPU")[1].stages}
     assert transformer["weights"] == stages["denoise"].weights
     assert more["peak"] == pytest.approx(stages["decode"].peak, rel=0.15)
 
