@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
+from mlx_wan import backend
 from mlx_wan.errors import UserError
 from mlx_wan.memory.plan import Dimensions, Setting, gib, image_work, make_vae, nearest, plans, transformer_inputs
 from mlx_wan.models.transformer import Control, WanTransformer
@@ -94,6 +95,7 @@ def random_module(module: Module, part: str, how: Quantization | None, dtype: mx
     for _, array in named:
         mx.eval(array)  # one by one: what a matrix is made of leaves before the next is made
     mx.clear_cache()
+    module.eval()  # as the pipeline runs it: MLX works ahead by half a block
     return module
 
 
@@ -144,7 +146,7 @@ def _transformer(model: Dimensions, setting: Setting, repeat: int, pieces: int) 
 
 def _vae(part: str, model: Dimensions, setting: Setting, repeat: int, pieces: int) -> Iterator[Measurement]:
     """A clip's first latent frame is a frame of video, the others four: two measurements."""
-    module = random_module(make_vae(model.vae), "vae", None, mx.float32)
+    module = random_module(make_vae(model.vae), "vae", None, backend.vae_dtype(setting.dtype))
     stride_t, stride_h, stride_w = model.vae.stride
     frames = _frames(model, setting, pieces)
     if part == "decode":
