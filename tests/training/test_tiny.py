@@ -61,9 +61,9 @@ def test_both_stages_make_a_model_that_the_pipeline_runs(stages, tmp_path):
 def test_a_run_goes_on_from_a_finished_model(stages, tmp_path):
     _, model, logs = stages
     two = recipe(tmp_path, toy.TRANSFORMER)
-    first = {}
+    first, start = {}, tiny.load_start(model, two, build_tokenizer())
     again = tiny.train_transformer(
-        two, None, tmp_path / "run", False, lambda row: first.setdefault(row["step"], row), model
+        two, None, tmp_path / "run", False, lambda row: first.setdefault(row["step"], row), start
     )
     assert first[1]["loss"] < logs[1][0]["loss"], "it starts where the other ended, on the same batch"
     tensors = [mx.load(str(folder / "vae.safetensors")) for folder in (model, again)]
@@ -75,7 +75,9 @@ def test_a_model_of_other_dimensions_is_no_start(stages, tmp_path):
         tmp_path, toy.changed(toy.TRANSFORMER, transformer={**toy.TRANSFORMER["transformer"], "num_layers": 3})
     )
     with pytest.raises(UserError, match="has another transformer than the recipe"):
-        tiny.train_transformer(other, None, tmp_path / "run", False, ignore, stages[1])
+        tiny.train_transformer(
+            other, None, tmp_path / "run", False, ignore, tiny.load_start(stages[1], other, build_tokenizer())
+        )
     with pytest.raises(UserError, match="give the folder of an autoencoder or a model"):
         tiny.train_transformer(recipe(tmp_path, toy.TRANSFORMER), None, tmp_path / "run", False, ignore)
 

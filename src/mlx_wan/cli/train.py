@@ -13,6 +13,7 @@ from mlx_wan.training.options import FinetuneRecipe
 
 if TYPE_CHECKING:
     from mlx_wan.training.plan import Plan
+    from mlx_wan.weights.checkpoint import Checkpoint
 
 SUMMARY = "train a model from a YAML recipe, or fine-tune one on clips of your own"
 # Flags of the two stages that make the embedded model; those of stage finetune are the fields of its recipe.
@@ -124,9 +125,10 @@ def make(recipe: Any, args: argparse.Namespace) -> int:
         need = "--vae or --init, not both" if given else "--vae, the folder of a finished autoencoder, or --init"
         raise UserError(f"{args.config} needs {need}")
     world = mx.distributed.init()
-    init = None
+    start = None
     if isinstance(recipe, TransformerRecipe) and args.init is not None:
-        init = model_fingerprint(load_start(args.init, recipe, build_tokenizer()))
+        start = load_start(args.init, recipe, build_tokenizer())
+    init = None if start is None else model_fingerprint(start)
     processes = processes_of(args.run, args.resume)
     facts = describe(recipe, processes, args.vae, init)
     check_free(args.run, args.resume, "--run")
@@ -135,17 +137,17 @@ def make(recipe: Any, args: argparse.Namespace) -> int:
     if world.rank() == 0:
         remember_run(args.run, facts)
         note_states(args.run, args.resume)
-    return finish(args.run, lambda: train(recipe, args, processes))
+    return finish(args.run, lambda: train(recipe, args, processes, start))
 
 
-def train(recipe: Any, args: argparse.Namespace, processes: int) -> Path:
+def train(recipe: Any, args: argparse.Namespace, processes: int, start: "Checkpoint | None") -> Path:
     """Runs the stage of the recipe; returns the folder of its result."""
     from mlx_wan.training.tiny import AutoencoderRecipe, train_autoencoder, train_transformer
 
     report = Reporter(recipe.train.steps)
     if isinstance(recipe, AutoencoderRecipe):
         return train_autoencoder(recipe, args.run, args.resume, report, processes)
-    return train_transformer(recipe, args.vae, args.run, args.resume, report, args.init, processes)
+    return train_transformer(recipe, args.vae, args.run, args.resume, report, start, processes)
 
 
 # --- fine-tuning -----------------------------------------------------------------------------------------------------

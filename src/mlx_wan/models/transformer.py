@@ -417,10 +417,6 @@ class WanTransformer(nn.Module):
     def save_memory(self, on: bool) -> None:
         """For training: every block, and within it the scores of attention, is computed again instead of kept."""
         self.checkpointing = on
-        self.attend_in_pieces(on)
-
-    def attend_in_pieces(self, on: bool) -> None:
-        """For training: the gradient of attention makes its scores again, see `attend`."""
         for block in self.blocks:
             block.self_attn.in_pieces = block.cross_attn.in_pieces = on
 

@@ -44,8 +44,6 @@ class TextToVideo(nn.Module):
         self.text_encoder = UMT5Encoder(recipe.text_encoder)
         self.transformer.init_weights()
         self.text_encoder.init_weights()
-        # MLX's own gradient of attention reads past its arrays on CUDA when queries and keys differ in number.
-        self.transformer.attend_in_pieces(True)
 
     def encode_text(self, ids: mx.array) -> mx.array:
         """(B, L) ids -> (B, L, text_dim), zeros after the text, as the pipeline pads it."""
@@ -299,7 +297,7 @@ def train_transformer(
     folder: Path,
     resume: bool,
     report: Callable,
-    init: str | Path | None = None,
+    init: Checkpoint | None = None,
     processes: int | None = None,
 ) -> Path:
     """Stage two, whole; returns the folder of the finished model in the native layout. A finished run is left alone.
@@ -312,10 +310,9 @@ def train_transformer(
     tokenizer = build_tokenizer()
     if (vae_folder is None) == (init is None):
         raise UserError("give the folder of an autoencoder or a model to go on from")
-    start = None if init is None else load_start(init, recipe, tokenizer)
-    vae: WanVAE22 = load_autoencoder(vae_folder) if vae_folder else load_vae(start)  # type: ignore[assignment, arg-type]
+    vae: WanVAE22 = load_autoencoder(vae_folder) if vae_folder else load_vae(init)  # type: ignore[assignment, arg-type]
     recipe.check_autoencoder(vae.config)
-    trainer, batch_at, evaluate = transformer_trainer(recipe, vae, tokenizer, folder, start, processes)
+    trainer, batch_at, evaluate = transformer_trainer(recipe, vae, tokenizer, folder, init, processes)
     if resume:
         trainer.resume()
     trainer.fit(batch_at, evaluate, report)
