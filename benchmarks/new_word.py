@@ -25,7 +25,7 @@ import numpy as np
 
 from mlx_wan.errors import WanError
 from mlx_wan.outputs import open_output
-from mlx_wan.pipeline import WanPipeline, to_uint8
+from mlx_wan.pipeline import WanPipeline
 from mlx_wan.training.captions import caption
 from mlx_wan.training.finetune import run
 from mlx_wan.training.judge import judge
@@ -33,6 +33,7 @@ from mlx_wan.training.plan import make_plan
 from mlx_wan.training.recipe import read_recipe
 from mlx_wan.training.scenes import encode_scenes, render
 from mlx_wan.training.world import CLIP_FPS, COLOURS, MOTIONS, SHAPES, Scene, sample_scene
+from mlx_wan.video import to_uint8
 from mlx_wan.weights.convert import convert
 from mlx_wan.weights.locate import locate
 

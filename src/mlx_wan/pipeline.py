@@ -26,6 +26,7 @@ from mlx_wan.step_cache import StepCache
 from mlx_wan.text import Tokenizer, clean_prompt
 from mlx_wan.text_cache import TextCache
 from mlx_wan.vace import Source, control_channels, source_size
+from mlx_wan.video import to_uint8
 from mlx_wan.weights.load import (
     Checkpoint,
     load_image_encoder,
@@ -547,8 +548,3 @@ def _check_piece(piece: mx.array, latents: mx.array, index: int) -> None:
             f"piece {index} of the decoded video is one flat colour: the run was stopped; MLX gives zeros where a GPU "
             "runs out of memory: try a smaller size"
         )
-
-
-def to_uint8(video: mx.array) -> np.ndarray:
-    """Pixels in [-1, 1] to uint8 0-255, rounded."""
-    return np.array(mx.round((mx.clip(video, -1, 1) + 1) * 127.5).astype(mx.uint8))
