@@ -394,7 +394,7 @@ def judge(args):
     import mlx.core as mx  # isort: skip
     import safetensors.numpy
 
-    from mlx_wan.training.adherence import judge_clips, make_clips
+    from mlx_wan.training.adherence import judge_clips, judges, make_clips
     from mlx_wan.training.captions import caption
     from mlx_wan.training.world import sample_scene
     from mlx_wan.weights.load import load_transformer, load_vae, locate
@@ -410,7 +410,9 @@ def judge(args):
         weights["patch_embedding.weight"] = np.moveaxis(weights["patch_embedding.weight"], 1, -1)
         model = load_transformer(checkpoint, mx.float32)
         model.load_weights([(name, mx.array(array)) for name, array in weights.items()], strict=True)
-        verdicts = judge_clips(make_clips(checkpoint, model, vae, texts, negative, args.seed, args.batch), scenes)
+        with judges() as pool:
+            clips = make_clips(checkpoint, model, vae, texts, negative, args.seed, args.batch)
+            verdicts = judge_clips(clips, scenes, pool)
         right[side] = np.array([[verdict[name] for name in names] for verdict in verdicts], np.float64)
     print(f"clips of {args.prompts} held-out prompts that show what they should")
     difference = right["mlx"] - right["torch"]

@@ -1,9 +1,11 @@
 """How well a model of the little world shows what it is told: clips of many prompts made together, and judged."""
 
+import contextlib
 import multiprocessing
 import os
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -55,19 +57,28 @@ def make_clips(
         yield from to_uint8(vae.decode(last.latents))
 
 
-def judge_clips(clips: Iterable[np.ndarray], scenes: list[Scene]) -> list[dict]:
-    """The verdict of `judge` on each clip, whose scene stands at the same place.
+@contextlib.contextmanager
+def judges() -> Iterator[Executor | None]:
+    """Processes for `judge_clips`, while a GPU makes the clips; None on a CPU, which has no time left for them.
 
-    On a GPU, which the clips come from, other processes judge meanwhile.
+    They know the colours that are known here when they start.
     """
     if mx.default_device() != mx.gpu:
-        return [judge(frames, scene) for frames, scene in zip(clips, scenes, strict=True)]
-    spawn, workers = multiprocessing.get_context("spawn"), min(len(scenes), os.cpu_count() or 1)
-    with ProcessPoolExecutor(workers, spawn, _at_work, (dict(COLOURS),)) as pool:
-        return [one.result() for one in [pool.submit(judge, *pair) for pair in zip(clips, scenes, strict=True)]]
+        yield None
+        return
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(16, os.cpu_count() or 1), spawn, _at_work, (dict(COLOURS),)) as pool:
+        yield pool
+
+
+def judge_clips(clips: Iterable[np.ndarray], scenes: list[Scene], pool: Executor | None = None) -> list[dict[str, Any]]:
+    """The verdict of `judge` on each clip, whose scene stands at the same place."""
+    pairs = zip(clips, scenes, strict=True)
+    if pool is None:
+        return [judge(*pair) for pair in pairs]
+    return [one.result() for one in [pool.submit(judge, *pair) for pair in pairs]]
 
 
 def _at_work(colours: dict[str, tuple[int, int, int]]) -> None:
-    """Where another process judges: off the GPU, with the colours that are known here."""
     mx.set_default_device(mx.cpu)
     COLOURS.update(colours)
