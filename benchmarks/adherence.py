@@ -22,12 +22,12 @@ import mlx.core as mx  # isort: skip
 import numpy as np
 from PIL import Image
 
+from mlx_wan.conditioning import to_uint8
 from mlx_wan.errors import UserError, WanError
 from mlx_wan.training.captions import heldout_prompts, names_background
 from mlx_wan.training.judge import judge, summarise
 from mlx_wan.training.scenes import encode_scenes, render
 from mlx_wan.training.world import Scene
-from mlx_wan.video import to_uint8
 
 # What the embedded model was asked to reach: share of clips, and dB.
 GOALS = {"colour": 0.97, "shape": 0.92, "motion": 0.92, "all": 0.85}

@@ -26,6 +26,7 @@ import mlx_wan  # noqa: F401  first: it chooses the BLAS before mlx.core is load
 import mlx.core as mx  # isort: skip
 import numpy as np
 
+from mlx_wan.conditioning import to_uint8
 from mlx_wan.errors import WanError
 from mlx_wan.outputs import open_output
 from mlx_wan.pipeline import WanPipeline
@@ -36,7 +37,6 @@ from mlx_wan.training.plan import make_plan
 from mlx_wan.training.recipe import read_recipe
 from mlx_wan.training.scenes import encode_scenes, render
 from mlx_wan.training.world import CLIP_FPS, COLOURS, MOTIONS, SHAPES, Scene, sample_scene
-from mlx_wan.video import to_uint8
 from mlx_wan.weights.convert import convert
 from mlx_wan.weights.locate import locate
 

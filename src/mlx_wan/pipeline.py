@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_wan import backend
+from mlx_wan.conditioning import to_uint8
 from mlx_wan.errors import UserError, WanError
 from mlx_wan.lora.fuse import Adapters
 from mlx_wan.lora.words import AdapterWords
@@ -26,7 +27,6 @@ from mlx_wan.step_cache import StepCache
 from mlx_wan.text import Tokenizer, clean_prompt
 from mlx_wan.text_cache import TextCache
 from mlx_wan.vace import Source, control_channels, source_size
-from mlx_wan.video import to_uint8
 from mlx_wan.weights.load import (
     Checkpoint,
     load_image_encoder,

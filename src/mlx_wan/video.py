@@ -11,7 +11,6 @@ from types import TracebackType
 from typing import Any
 
 import av
-import mlx.core as mx
 import numpy as np
 from av.codec import Codec
 from av.error import FFmpegError
@@ -26,11 +25,6 @@ _ITU709 = 1  # the same matrix by swscale's own numbering
 _LIMITED_RANGE = 1
 SHEET_FRAMES, _GAP = 6, 4  # of a contact sheet: frames a row, pixels between them
 _VIDEO_ERRORS = (OSError, FFmpegError, ValueError)
-
-
-def to_uint8(video: mx.array) -> np.ndarray:
-    """Pixels in [-1, 1] to uint8 0-255, rounded."""
-    return np.array(mx.round((mx.clip(video, -1, 1) + 1) * 127.5).astype(mx.uint8))
 
 
 # --- writing -------------------------------------------------------------------------------------------------

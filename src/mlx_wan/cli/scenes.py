@@ -65,8 +65,8 @@ def draw(params: "np.ndarray", size: int) -> "Iterator[np.ndarray]":
     """One clip at a time, uint8 (T, size, size, 3), of scene parameters (B, objects, NUM_PARAMS)."""
     import mlx.core as mx
 
+    from mlx_wan.conditioning import to_uint8
     from mlx_wan.training.scenes import render
-    from mlx_wan.video import to_uint8
 
     for row in params:
         video = render(mx.array(row[None]), height=size, width=size)[0]

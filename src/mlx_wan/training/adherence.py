@@ -10,13 +10,13 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlx_wan.conditioning import to_uint8
 from mlx_wan.models.autoencoder import WanVAE
 from mlx_wan.models.transformer import WanTransformer
 from mlx_wan.sampling import Expert, denoise, initial_noise
 from mlx_wan.schedulers import make_scheduler
 from mlx_wan.training.judge import judge
 from mlx_wan.training.world import COLOURS, Scene
-from mlx_wan.video import to_uint8
 from mlx_wan.weights.load import Checkpoint
 
 
