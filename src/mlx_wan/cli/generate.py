@@ -8,6 +8,7 @@ import contextlib
 import copy
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,7 +68,7 @@ def _run(args: argparse.Namespace) -> int:
         try:
             seconds = _make(job.args, job.checkpoint, job.options, job.path, pipelines)
         except WanError as error:
-            if single:
+            if single or args.crew.size > 1:  # the others may be in the middle of it
                 raise
             failed += 1
             report.say("error", f"{job.name}: {error}")
@@ -89,11 +90,13 @@ def _batch(args: argparse.Namespace) -> tuple[list[Job], int]:
 
     jobs: list[Job] = []
     failed, taken = 0, set()
-    for name, line_args, problem in lines(args, build()[1]["generate"]):
+    found = list(lines(args, build()[1]["generate"]))
+    args.crew.same("number of lines (--batch)", len(found))
+    for name, line_args, problem in found:
         try:
             if line_args is None:
                 raise UserError(problem)
-            jobs += _jobs(line_args, name, taken)
+            jobs += args.crew.attempt(partial(_jobs, line_args, name, taken))
         except WanError as error:
             failed += 1
             report.say("error", f"{name}: {error}")
@@ -237,7 +240,7 @@ def _make(
         progress.stage("load")
         pipe = pipelines.get(args, checkpoint)
         is_first = args.crew.is_first
-        previews = StepPictures(Path(args.preview), path, pipe) if args.preview and is_first else None
+        previews = StepPictures(Path(args.preview), path, pipe, parts) if args.preview and is_first else None
         if args.extend:
             events = extend.stream(pipe, args.prompt, parts, args.overlap, args.before, done, start, **options)
         else:
@@ -260,8 +263,8 @@ def _make(
                 reused += bool(event.point and event.point.kept and event.point.kept.skipped)
                 if keeper is not None:
                     keeper.saw(event)
-                if event.stage == "denoise" and previews:
-                    previews.write(event.index, event.value)
+                if previews is not None:
+                    previews.saw(event)
                 _follow(event, progress, behind, with_image=bool(args.image or args.extend or args.source))
         if args.save_settings and is_first:
             save_settings(settings_path(path), facts)
