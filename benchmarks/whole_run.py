@@ -28,7 +28,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_wan import backend
-from mlx_wan.cli.generate import parse_size
+from mlx_wan.cli.request import parse_size
 from mlx_wan.memory.plan import Dimensions, Plan, Setting, choose, gib, make_vae
 from mlx_wan.models.transformer import WanTransformer
 from mlx_wan.models.umt5 import UMT5Encoder
