@@ -11,7 +11,7 @@ import numpy as np
 
 from mlx_wan import backend
 from mlx_wan.conditioning import to_uint8
-from mlx_wan.errors import UserError, WanError
+from mlx_wan.errors import CheckpointError, UserError, WanError
 from mlx_wan.lora.fuse import Adapters
 from mlx_wan.lora.words import AdapterWords
 from mlx_wan.models.autoencoder import WanVAE
@@ -118,6 +118,11 @@ class WanPipeline(AdapterWords):
         spec = checkpoint.spec
         self.scheduler = make_scheduler(spec.scheduler, spec.num_inference_steps, spec.shift, spec.timesteps or None)
         self.tokenizer = Tokenizer(checkpoint.tokenizer, checkpoint.transformer_config.text_len)
+        if self.tokenizer.vocab_size > checkpoint.text_encoder_config.vocab_size:  # its ids would read beyond the table
+            raise CheckpointError(
+                f"{checkpoint.folder}: the tokenizer has {self.tokenizer.vocab_size} tokens, the text encoder "
+                f"{checkpoint.text_encoder_config.vocab_size}: they are of different models"
+            )
         self._transformers: dict[str, WanTransformer] = {}
         self._adapters = Adapters()
         self._embeddings: dict[bytes, mx.array] = {}  # of the last prompts, by their tokens

@@ -1,5 +1,7 @@
 """`generate` as several processes: one video, one voice, and a reason when there is none."""
 
+import json
+import socket
 import time
 
 import checkpoint
@@ -7,6 +9,7 @@ import numpy as np
 import pytest
 import ranks
 import small
+from PIL import Image, ImageSequence
 
 import mlx_wan
 from mlx_wan.cli.main import main
@@ -116,6 +119,52 @@ def test_a_stopped_run_of_two_goes_on(folder, tmp_path):
     results = ranks.finish(ranks.start(tmp_path, 2, line(folder, whole, flags)))
     assert [code for code, *_ in results] == [0, 0], results
     assert path.read_bytes() == whole.read_bytes()
+
+
+def test_two_processes_make_a_batch_and_its_previews(folder, tmp_path):
+    """Seeds, lines that one process alone finds wrong, pictures of steps: what one process makes, in the same order."""
+    lines = [
+        {"prompt": "two cats", "seed": [3, 4], "save_file": str(tmp_path / "a.webp")},
+        {"prompt": "a dog", "save_file": str(tmp_path / "missing" / "b.webp")},  # only the first one writes
+        {"prompt": "a dog", "image": str(tmp_path / "first.png"), "save_file": str(tmp_path / "c.webp")},
+        {"prompt": "a dog", "seed": 5, "save_file": str(tmp_path / "d.webp")},
+    ]
+    small_picture, elsewhere = tmp_path / "first.png", tmp_path / "elsewhere.jsonl"
+    Image.fromarray(small.picture()).save(small_picture)
+    batch = tmp_path / "batch.jsonl"
+    batch.write_text("\n".join(map(json.dumps, lines)))
+    lines[2]["image"] = str(tmp_path / "not_there.png")  # on the second machine
+    elsewhere.write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "steps").mkdir()
+    words = f"{SIZE} --ckpt_dir {folder} --sample_steps 2 --codec lossless --batch".split()
+    start = ["-m", "mlx_wan.cli.main", "generate", *words]
+    shared = ["--ulysses_size", "2", "--preview", str(tmp_path / "steps")]
+    other = {1: [*start, str(elsewhere), *shared]}
+    (code, out, errors), (other_code, silent, _) = ranks.finish(
+        ranks.start(tmp_path, 2, [*start, str(batch), *shared], other)
+    )
+    assert (code, other_code, silent) == (1, 1, ""), errors
+    made = ["a_seed3", "a_seed4", "d"]
+    assert [text for text in out.splitlines() if text.endswith(".webp")] == [
+        f"{tmp_path / name}.webp" for name in made
+    ], errors
+    said = [text.removeprefix(f"error: {batch} ") for text in errors.splitlines() if text.startswith("error:")]
+    assert len(said) == 2, errors
+    assert said[0].startswith("line 2: ")
+    assert f"the folder {tmp_path / 'missing'} does not exist" in said[0]
+    assert said[1].startswith(f"line 3: rank 1 ({socket.gethostname()}): ")
+    assert "not_there.png" in said[1]
+    pictures = {path.name for path in (tmp_path / "steps").iterdir()}
+    assert pictures == {f"{name}_step_{step:04d}.png" for name in made for step in (1, 2)}
+    together = [np.stack(picture_frames(tmp_path / f"{name}.webp")) for name in made]
+    assert main([*start[2:], str(batch)]) == 1
+    for frames, name in zip(together, made, strict=True):
+        assert np.abs(frames - np.stack(picture_frames(tmp_path / f"{name}.webp"))).max() <= 2, name
+
+
+def picture_frames(path):
+    with Image.open(path) as file:
+        return [np.asarray(frame.convert("RGB")).astype(int) for frame in ImageSequence.Iterator(file)]
 
 
 def test_two_processes_make_a_longer_video(folder, tmp_path):
