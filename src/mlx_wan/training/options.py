@@ -23,7 +23,7 @@ REPORTERS = ("csv", "tensorboard")
 # What may change from one part of an interrupted run to the next: it decides no weights.
 FREE_OPTIONS = (
     "steps_per_report", "steps_per_eval", "val_batches", "save_every", "keep", "report_to", "adapter_path", "cache",
-    "preview_prompts", "preview_every", "preview_seed", "preview_steps", "data", "model",
+    "preview_prompts", "preview_every", "preview_seed", "preview_steps", "data", "model", "shard_optimizer",
 )  # fmt: skip
 
 
@@ -64,6 +64,7 @@ class FinetuneRecipe:
     grad_checkpoint: bool = _option(False, "compute blocks twice, to keep less in memory")
     dtype: str | None = _option(None, "of computing: float32, bfloat16 or float16; trained weights are float32")
     compile: bool | None = _option(None, "one compiled step for each bucket; on Metal unless told otherwise")
+    shard_optimizer: bool = _option(False, "of several processes each keeps its share of the optimizer's state alone")
     seed: int = _option(0, "of weights, order and noise")
     spike_factor: float = _option(10.0, "stop if a loss is so many times the running mean; 0: never")
 

@@ -80,6 +80,7 @@ class Plan:
             save_every=recipe.save_every,
             keep=recipe.keep,
             compile=bool(recipe.compile),
+            shard_optimizer=recipe.shard_optimizer,
             spike_factor=recipe.spike_factor,
         )
 

@@ -24,7 +24,7 @@ from mlx_wan.zoo import SAMPLING_TYPES
 RUN_FILE = "run.json"
 # A run may go on with other values of these: they leave its weights alone.
 _FREE = ("train.report_every", "train.eval_every", "train.save_every", "train.keep", "validation_clips", "sampling.")
-_FREE += tuple(f"finetune.{name}" for name in FREE_OPTIONS)
+_FREE += ("train.shard_optimizer", *(f"finetune.{name}" for name in FREE_OPTIONS))
 
 
 @dataclass(frozen=True)
