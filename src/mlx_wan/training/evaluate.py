@@ -50,6 +50,8 @@ def evaluate(
         UserError, CheckpointError: the model, an adapter or the data cannot be used.
     """
     checkpoint = locate(str(recipe.model))
+    if recipe.expert == "both":
+        raise UserError("expert is 'both'; evaluate one at a time: high or low")
     recipe = resolve(recipe, checkpoint)
     dtype = DTYPES[str(recipe.dtype)]
     loras = Adapters()
