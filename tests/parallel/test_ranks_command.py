@@ -1,6 +1,7 @@
 """`generate` as several processes: one video, one voice, and a reason when there is none."""
 
 import json
+import shutil
 import socket
 import time
 
@@ -99,8 +100,9 @@ def test_one_process_cannot_share(folder, tmp_path, capsys, flags, message):
     assert message in capsys.readouterr().err
 
 
-def test_a_stopped_run_of_two_goes_on(folder, tmp_path):
-    """The first process keeps the run; the second needs no file of it. What comes out is the same to the byte."""
+def test_a_stopped_run_of_two_goes_on(folder, tmp_path, capsys):
+    """The first process keeps the run; the second needs no file of it. What comes out is the same to the byte, and all
+    but the same if one process alone goes on."""
     path, whole = tmp_path / "two.mp4", tmp_path / "whole.mp4"
     kept = tmp_path / "two.mp4.resume.safetensors"
     flags = "--sample_steps 40 --seed 3 --ulysses_size 2 --codec lossless"
@@ -111,6 +113,10 @@ def test_a_stopped_run_of_two_goes_on(folder, tmp_path):
     processes[1].kill()
     assert [code for code, *_ in ranks.finish(processes, timeout=30)] == [1, -9]
     assert not path.exists()
+    alone = tmp_path / "alone.mp4.resume.safetensors"
+    shutil.copy(kept, alone)
+    assert main(["generate", "--resume", str(alone)]) == 0
+    assert f"{alone}: 2 processes worked on it before, and now 1: digits may differ" in capsys.readouterr().err
     again = ["-m", "mlx_wan.cli.main", "generate", "--ulysses_size", "2", "--resume"]
     elsewhere = str(tmp_path / "absent" / kept.name)
     results = ranks.finish(ranks.start(tmp_path, 2, [*again, str(kept)], {1: [*again, elsewhere]}))
@@ -119,6 +125,8 @@ def test_a_stopped_run_of_two_goes_on(folder, tmp_path):
     results = ranks.finish(ranks.start(tmp_path, 2, line(folder, whole, flags)))
     assert [code for code, *_ in results] == [0, 0], results
     assert path.read_bytes() == whole.read_bytes()
+    together, single = (read_video(file)[0].astype(int) for file in (path, tmp_path / "alone.mp4"))
+    assert np.abs(together - single).max() <= 2
 
 
 def test_two_processes_make_a_batch_and_its_previews(folder, tmp_path):

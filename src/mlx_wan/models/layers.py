@@ -9,6 +9,8 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_wan.backend import device_name
+
 _GELU_SLOPE, _GELU_CUBIC = math.sqrt(2 / math.pi), 0.044715
 
 
@@ -126,16 +128,9 @@ def cuda_kernel(
     return call
 
 
-def backend() -> str:
-    """ "CPU", "CUDA" or "Metal": where arrays are computed by default."""
-    if mx.default_device() != mx.Device(mx.gpu):
-        return "CPU"
-    return "Metal" if mx.metal.is_available() else "CUDA"
-
-
 def target() -> str:
     """The device that a graph is being traced for, else the one that computes."""
-    return _traced_for or backend()
+    return _traced_for or device_name()
 
 
 def finish(x: mx.array, *others: mx.array) -> mx.array:
