@@ -3,9 +3,11 @@
 uv run python benchmarks/distributed.py links           # all_gather between 2, 3 and 4 processes
 uv run python benchmarks/distributed.py weights         # memory of each of 2 processes with --dit_fsdp, and time
 uv run python benchmarks/distributed.py steps           # two GPUs: guided steps of TI2V-5B at its true size
+uv run python benchmarks/distributed.py steps --small   # the same on two processes of any machine, with a toy
 uv run python benchmarks/distributed.py tiles           # why the decoder is not split into overlapping tiles
 
-Random weights; float32, but for `steps`, which takes the device's usual type.
+Random weights; float32, but for `steps`, which takes the device's usual type. It is five measurements, each in new
+processes that are ended if they hang; each may be named in its place: links, calls, spread, exact, clip.
 """
 
 import argparse
@@ -33,7 +35,7 @@ from mlx_wan.parallel.plan import ALONE, Parallel
 from mlx_wan.parallel.spread import Spread
 from mlx_wan.parallel.team import Team
 from mlx_wan.parallel.tokens import TokenShare
-from mlx_wan.sampling import guided_velocity
+from mlx_wan.sampling import Expert, guided_velocity
 from mlx_wan.weights.load import fill
 from mlx_wan.weights.tensors import mapped_tensor
 
@@ -42,36 +44,46 @@ WIDE = TransformerConfig(dim=1536, ffn_dim=7168, num_heads=12, num_layers=12)  #
 MIB = 2**20
 
 
+# What `steps` measures, each in processes of its own, and the seconds after which these count as hanging.
+STEPS = {"links": 25, "calls": 60, "spread": 40, "exact": 40, "clip": 40}
+COUNTS = (2,) if mx.cuda.is_available() else (2, 3, 4)  # of processes
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure several processes on this machine.")
-    parser.add_argument("what", choices=("links", "weights", "steps", "tiles"))
+    parser.add_argument("what", choices=("links", "weights", "steps", "tiles", *STEPS))
     parser.add_argument("--small", action="store_true", help="steps: two blocks and few tokens, to try it anywhere")
     parser.add_argument("--file", help=argparse.SUPPRESS)  # given to the processes that are started
     args = parser.parse_args()
+    small = ["--small"] if args.small else []
     if args.what == "tiles":
         tiles()
-    elif args.what == "steps":
-        if "MLX_RANK" in os.environ:
-            steps(mx.distributed.init(strict=True), args.small)
-        else:
-            start(2, ["steps", *(["--small"] if args.small else [])])
     elif "MLX_RANK" in os.environ:
-        {"links": links, "weights": weights}[args.what](mx.distributed.init(strict=True), args.file)
+        world = mx.distributed.init(strict=True)
+        one = {"exact": exact, "calls": calls, "spread": spread_weights, "clip": clip}
+        if args.what in one:
+            one[args.what](world, args.small)
+        else:
+            {"links": links, "weights": weights}[args.what](world, args.file)
+    elif args.what == "steps":
+        failed = [what for what, seconds in STEPS.items() if not start(2, [what, *small], seconds)]
+        sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
+    elif args.what == "links":
+        sys.exit(not all(start(count, ["links"]) for count in COUNTS))
+    elif args.what in STEPS:
+        sys.exit(not start(2, [args.what, *small], STEPS[args.what]))
     elif args.file:
         weights(mx.distributed.init(), args.file)  # alone
-    elif args.what == "links":
-        for count in (2, 3, 4):
-            start(count, ["links"])
     else:
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "weights"
             write_weights(file)
             subprocess.run([sys.executable, __file__, "weights", "--file", str(file)], check=True)
-            start(2, ["weights", "--file", str(file)])
+            sys.exit(not start(2, ["weights", "--file", str(file)]))
 
 
-def start(count: int, arguments: list[str]) -> None:
-    """Run this script as `count` processes."""
+def start(count: int, arguments: list[str], seconds: float = 3600) -> bool:
+    """Run this script as `count` processes; whether all ended well, within `seconds`."""
     with ExitStack() as held, tempfile.NamedTemporaryFile("w", suffix=".json") as hosts:
         sockets = [held.enter_context(socket.socket()) for _ in range(count)]
         for holder in sockets:
@@ -85,30 +97,41 @@ def start(count: int, arguments: list[str]) -> None:
             environment |= {"NCCL_HOST_IP": "127.0.0.1", "NCCL_PORT": str(ports[0]), "MLX_WORLD_SIZE": str(count)}
         else:
             environment["MLX_HOSTFILE"] = hosts.name
+        if arguments[0] == "exact":
+            environment["MLX_ENABLE_TF32"] = "0"
         command = [sys.executable, __file__, *arguments]
-        processes = []
+        processes, begin = [], time.monotonic()
         for rank in range(count):
             own = {"MLX_RANK": str(rank), "CUDA_VISIBLE_DEVICES": str(rank)}
             processes.append(subprocess.Popen(command, env=environment | own))
+        try:
+            codes = [process.wait(max(begin + seconds - time.monotonic(), 0.1)) for process in processes]
+        except subprocess.TimeoutExpired:
+            codes = [None]
+            print(f"{arguments[0]}: not done after {seconds} s", flush=True)
         for process in processes:
-            if process.wait():
-                sys.exit(f"a process failed: {process.returncode}")
+            process.kill()
+            process.wait()
+        print(f"{arguments[0]}: ended with {codes} after {time.monotonic() - begin:.0f} s", flush=True)
+        return not any(codes) and None not in codes
 
 
 def links(world: mx.distributed.Group, _: str | None) -> None:
-    """Time of an all_gather by the size of each rank's part."""
-    for size in (1024, MIB, 32 * MIB):
+    """Time of an all_gather by the size of each rank's part: one that is waited for, and each of ten in a row."""
+    for size in (1024, MIB, 32 * MIB, 80 * MIB):  # the last: keys of a block of the 5B, in bfloat16
         x = mx.zeros((size // 4,))
         mx.eval(x, mx.distributed.all_gather(x))
-        times = []
-        for _ in range(10):
-            begin = time.perf_counter()
-            mx.eval(mx.distributed.all_gather(x))
-            times.append(time.perf_counter() - begin)
-        if world.rank() == 0:
-            median = float(np.median(times))
-            rate = size * (world.size() - 1) / median / 1e9
-            print(f"{world.size()} ranks, {size:>9} bytes each: {median * 1e3:8.3f} ms, {rate:.2f} GB/s into each")
+        for row in (1, 10):
+            times = []
+            for _ in range(10 if row == 1 or mx.cuda.is_available() else 1):
+                begin = time.perf_counter()
+                mx.eval([mx.distributed.all_gather(x) for _ in range(row)])
+                times.append((time.perf_counter() - begin) / row)
+            if world.rank() == 0:
+                median = float(np.median(times))
+                rate = size * (world.size() - 1) / median / 1e9
+                how = f"{world.size()} ranks, {size:>9} bytes each, {row:>2} in a row"
+                print(f"{how}: {median * 1e3:8.3f} ms, {rate:.2f} GB/s into each", flush=True)
 
 
 def shapes() -> dict[str, tuple[int, ...]]:
@@ -150,51 +173,67 @@ def weights(world: mx.distributed.Group, file: str | None) -> None:
 
 # --- two ranks at the 5B's size --------------------------------------------------------------------------------------
 
+SMALL = TransformerConfig(dim=384, ffn_dim=768, num_heads=3, num_layers=2)
+CLIP = (1, 31, 44, 80, 48)  # latents of 1280×704×121
+PASSES_SCALE = 5.0
 
-def steps(world: mx.distributed.Group, small: bool) -> None:
-    """Seconds of a guided step (two calls) alone and shared, how far results are apart, and weights a rank."""
-    config = TransformerConfig(dim=384, ffn_dim=768, num_heads=3, num_layers=2) if small else FIVE_B
-    shape = (1, 5, 8, 8, 48) if small else (1, 31, 44, 80, 48)  # of 1280×704×121
-    dtype = backend.default_dtype()
+
+def calls(world: mx.distributed.Group, small: bool) -> None:
+    """Seconds and memory of a guided step (two calls) alone and shared, and how far results are apart."""
+    config, shape = (SMALL, (1, 5, 8, 8, 48)) if small else (FIVE_B, CLIP)
+    compare(world, config, shape, backend.default_dtype(), count=2)
+
+
+def exact(world: mx.distributed.Group, small: bool) -> None:
+    """How far results are apart in float32, without TF32: attention's scores are whole there, so a shorter clip."""
+    config, shape = (SMALL, (1, 5, 10, 14, 48)) if small else (FIVE_B, (1, 2, 44, 80, 48))
+    compare(world, config, shape, mx.float32, count=0)
+
+
+def compare(world, config: TransformerConfig, shape: tuple[int, ...], dtype: mx.Dtype, count: int) -> None:
+    """One guided step alone, with its passes and with its tokens shared: `count` are timed after a first one."""
     say = partial(print, flush=True) if world.rank() == 0 else lambda *_: None
     say(f"{world.size()} ranks, {shape[1] * shape[2] * shape[3] // 4} tokens, {config.num_layers} blocks, {dtype}")
-    exactness(world)
     model = WanTransformer(config, dtype)
     draw(model, dtype)
+    model.eval()
     keys = mx.random.split(mx.random.key(1), 3)
     latents = mx.random.normal(shape, key=keys[0])
     contexts = [mx.random.normal((1, config.text_len, config.text_dim), key=key) for key in keys[1:]]
+    mx.eval(latents, contexts)
 
-    def timed(name: str, model: WanTransformer, passes, count: int = 2) -> tuple[float, mx.array]:
+    def timed(name: str, share_of, passes) -> tuple[list[float], mx.array]:
+        """Seconds of each rank's fastest step; all ranks begin each at the same time."""
+        whole, model.share_of = model.share_of, share_of or model.share_of
+        texts = [model.read(context) for context in contexts]
         times = []
         mx.reset_peak_memory()
-        for i in range(count + 1):
-            mx.eval(mx.distributed.all_sum(mx.array(1.0)))  # together
-            begin = time.perf_counter()
-            velocity = guided_velocity((model, 5.0), latents, mx.array([500.0]), *contexts, passes=passes)
-            mx.eval(velocity)
+        for _ in range(count + 1):
             mx.eval(mx.distributed.all_sum(mx.array(1.0)))
-            if i:  # the first one compiles
-                times.append(time.perf_counter() - begin)
-        say(f"{name}: {min(times):.3f} s a step, peak {mx.get_peak_memory() / 2**30:.1f} GiB")
-        return min(times), velocity
+            begin = time.perf_counter()
+            velocity = guided_velocity(Expert(model, PASSES_SCALE), latents, mx.array([500.0]), *texts, passes=passes)
+            mx.eval(velocity)
+            times.append(time.perf_counter() - begin)
+        model.share_of = whole
+        seconds = min(times[1:] or times)
+        ranks = mx.distributed.all_gather(mx.array([[seconds, mx.get_peak_memory() / 2**30]])).tolist()
+        shown = ", ".join(f"rank {rank} {s:.3f} s, peak {gib:.1f} GiB" for rank, (s, gib) in enumerate(ranks))
+        say(f"{name}: {shown}")
+        return [s for s, _ in ranks], velocity
 
-    alone, want = timed("alone", model, ALONE.passes)
+    one_stream = Team(world)
+    one_stream._stream = None
+    alone, want = timed("alone", None, ALONE.passes)
     ways = {
         "guidance shared": (None, Parallel(world, cfg_parallel=True).passes),
         "tokens shared": (partial(TokenShare, Team(world)), ALONE.passes),
+        "tokens shared, exchange and work in turn": (partial(TokenShare, one_stream), ALONE.passes),
     }
-    for name, (share, passes) in ways.items():
-        whole, model.share_of = model.share_of, share or model.share_of
-        seconds, got = timed(name, model, passes)
-        model.share_of = whole
+    for name, way in ways.items():
+        seconds, got = timed(name, *way)
         error = float(mx.linalg.norm(got - want) / mx.linalg.norm(want))
-        say(f"  {alone / seconds:.2f} times faster than alone; relative difference {error:.1e}")
-    size = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
-    del model
-    mx.clear_cache()
-    with tempfile.TemporaryDirectory() as folder:
-        spread_weights(world, config, dtype, Path(folder) / "weights", size, (latents, contexts[0]), say)
+        faster = min(alone) / max(seconds)
+        say(f"  {faster:.3f} times faster than the faster rank alone; relative difference {error:.1e}")
 
 
 def draw(model: WanTransformer, dtype: mx.Dtype) -> None:
@@ -207,45 +246,61 @@ def draw(model: WanTransformer, dtype: mx.Dtype) -> None:
         model.load_weights([(name, value)], strict=False)
 
 
-def exactness(world: mx.distributed.Group) -> None:
-    """How far a small float32 model's velocity is from that of one rank alone, tokens being shared."""
-    config = TransformerConfig(dim=384, ffn_dim=768, num_heads=3, num_layers=4)
-    model = WanTransformer(config)
-    draw(model, mx.float32)
-    latents = mx.random.normal((1, 5, 10, 14, 48), key=mx.random.key(2))
-    inputs = latents, mx.array([500.0]), mx.random.normal((1, 512, 4096), key=mx.random.key(3))
-    want = model(*inputs)
-    model.share_of = partial(TokenShare, Team(world))
-    error = mx.linalg.norm(model(*inputs) - want) / mx.linalg.norm(want)
-    mx.eval(error)  # in every rank
-    if world.rank() == 0:
-        print(
-            f"float32, {config.num_layers} blocks of {config.dim}: relative difference {error.item():.1e}", flush=True
-        )
-
-
-def spread_weights(world, config: TransformerConfig, dtype: mx.Dtype, file: Path, size: int, inputs, say) -> None:
+def spread_weights(world: mx.distributed.Group, small: bool) -> None:
     """Memory a rank with the weights spread, and a call's seconds; of a file with holes for values: zeros."""
-    tensors, position, model = [], 0, WanTransformer(config, dtype)
-    for name, array in tree_flatten(model.parameters()):
-        kept = any(part in name for part in FLOAT32_PARAMETERS)
-        kind = "float32" if kept else str(dtype).removeprefix("mlx.core.")
-        tensors.append(mapped_tensor(name, tuple(array.shape), kind, file, position))
-        position += tensors[-1].nbytes
-    with file.open("wb") as out:
-        out.truncate(position)
-    spread, before = Spread(Team(world)), mx.get_active_memory()
-    fill(model, tensors, spread.read)
-    spread.wrap(model, tensors)
-    held = mx.get_active_memory() - before
-    mx.eval(model(inputs[0], mx.array([500.0]), inputs[1]))
-    mx.reset_peak_memory()
-    begin = time.perf_counter()
-    mx.eval(model(inputs[0], mx.array([500.0]), inputs[1]))
-    say(
-        f"weights spread: {held / 2**30:.2f} of {size / 2**30:.2f} GiB held ({held / size:.1%}); one call "
-        f"{time.perf_counter() - begin:.3f} s, peak {mx.get_peak_memory() / 2**30:.1f} GiB"
-    )
+    config, shape, dtype = (SMALL if small else FIVE_B), ((1, 5, 8, 8, 48) if small else CLIP), backend.default_dtype()
+    with tempfile.TemporaryDirectory() as folder:
+        file, tensors, position = Path(folder) / "weights", [], 0
+        model = WanTransformer(config, dtype)
+        for name, array in tree_flatten(model.parameters()):
+            kept = any(part in name for part in FLOAT32_PARAMETERS)
+            kind = "float32" if kept else str(dtype).removeprefix("mlx.core.")
+            tensors.append(mapped_tensor(name, tuple(array.shape), kind, file, position))
+            position += tensors[-1].nbytes
+        with file.open("wb") as out:
+            out.truncate(position)
+        del array  # of the values that nobody will draw
+        spread, before = Spread(Team(world)), mx.get_active_memory()
+        fill(model, tensors, spread.read)
+        spread.wrap(model, tensors)
+        model.eval()
+        held = mx.get_active_memory() - before
+    latents, context = mx.zeros(shape), mx.zeros((1, config.text_len, config.text_dim))
+    say = partial(print, flush=True) if world.rank() == 0 else lambda *_: None
+    say(f"weights spread: {held / MIB:.0f} of {position / MIB:.0f} MiB held by a rank ({held / position:.1%})")
+    for name, share in (("all tokens", model.share_of), ("tokens shared", partial(TokenShare, Team(world)))):
+        model.share_of, times = share, []
+        mx.reset_peak_memory()
+        for _ in range(3):
+            begin = time.perf_counter()
+            mx.eval(model(latents, mx.array([500.0]), context))
+            times.append(time.perf_counter() - begin)
+        say(f"  {name}: {min(times[1:]):.3f} s a call, peak {mx.get_peak_memory() / 2**30:.1f} GiB")
+
+
+def clip(world: mx.distributed.Group, small: bool) -> None:
+    """A clip of the embedded model, in float32: latents of every way of sharing against one process's."""
+    request = {"num_inference_steps": 2 if small else 20, "seed": 1, "output_type": "latent"}
+    request |= {"num_frames": 5} if small else {}
+    prompt, want = "a red circle moves right on a black background", None
+    ways = {
+        "alone": None,
+        "tokens": Parallel(world, world.size()),
+        "tokens, weights": Parallel(world, world.size(), dit_fsdp=True, t5_fsdp=True),
+        "guidance, weights": Parallel(world, cfg_parallel=True, dit_fsdp=True, t5_fsdp=True),
+    }
+    for name, parallel in ways.items():
+        given = {} if parallel is None else {"parallel": parallel}
+        pipe = mlx_wan.WanPipeline.from_pretrained("tiny", mx.float32, **given)
+        pipe(prompt, **request | {"num_inference_steps": 1})
+        begin = time.perf_counter()
+        got = pipe(prompt, **request).latents
+        mx.eval(got)
+        seconds = time.perf_counter() - begin
+        want = got if want is None else want
+        error = float(mx.linalg.norm(got - want) / mx.linalg.norm(want))
+        if world.rank() == 0:
+            print(f"clip of the embedded model, {name}: {seconds:.2f} s, relative difference {error:.1e}", flush=True)
 
 
 def tiles() -> None:

@@ -1,5 +1,6 @@
 """WanPipeline as a user meets it: what may be given, what comes back, and who is in memory when."""
 
+import dataclasses
 import gc
 import weakref
 
@@ -12,8 +13,9 @@ from PIL import Image
 
 import mlx_wan
 from mlx_wan import pipeline
-from mlx_wan.errors import UserError, WanError
+from mlx_wan.errors import CheckpointError, UserError, WanError
 from mlx_wan.parallel import plan
+from mlx_wan.weights.locate import locate
 
 SMALL = {"width": 64, "height": 32, "num_frames": 5, "num_inference_steps": 2}
 
@@ -44,6 +46,13 @@ def test_frames_latents_seed_and_rate(pipe):
     again = pipe("a cat", **SMALL, seed=3)
     assert np.array_equal(again.frames, out.frames)
     assert not np.array_equal(pipe("a cat", **SMALL, seed=4).frames, out.frames)
+
+
+def test_a_tokenizer_of_more_tokens_than_the_encoder_has_is_refused(folder):
+    smaller = locate(folder)
+    config = dataclasses.replace(smaller.text_encoder_config, vocab_size=600)
+    with pytest.raises(CheckpointError, match=r"the tokenizer has 6\d\d tokens, the text encoder 600"):
+        mlx_wan.WanPipeline.from_pretrained(dataclasses.replace(smaller, text_encoder_config=config))
 
 
 def test_the_seed_that_was_drawn_makes_the_same_video(pipe):

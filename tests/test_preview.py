@@ -48,3 +48,12 @@ def test_every_step_leaves_a_picture(tmp_path, monkeypatch):
     pictures = [np.asarray(Image.open(tmp_path / "steps" / name)).astype(int) for name in names]
     assert np.abs(pictures[0] - pictures[2]).mean() > 1
     assert main([*line, "absent"]) == 2
+
+
+def test_every_part_of_a_longer_video_has_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "steps").mkdir()
+    size = ["--size", "64*64", "--frame_num", "5", "--steps", "2", "--extend", "1"]
+    assert main(["generate", "--prompt", "a red circle", *size, "-o", "a.webp", "--preview", "steps"]) == 0
+    names = sorted(path.name for path in (tmp_path / "steps").iterdir())
+    assert names == [f"a_part_{part:02d}_step_{step:04d}.png" for part in (1, 2) for step in (1, 2)]

@@ -311,13 +311,18 @@ def total_memory() -> int:
 _USABLE = {"CPU": 0.9, "CUDA": 0.95, "Metal": 0.75}
 
 
-def usable_memory() -> int:
-    """Bytes that a run may hold on this machine: what Metal recommends, else a share of `total_memory`."""
+def usable_memory(total: int | None = None) -> int:
+    """Bytes that a run may hold: what Metal recommends, else a share of `total_memory`.
+
+    total: bytes of another machine's memory, whose device is of this one's kind.
+    """
     import mlx.core as mx
 
-    name, total = device_name(), total_memory()
+    name = device_name()
+    if total is not None:
+        return int(_USABLE[name] * total)
     recommended = mx.device_info().get("max_recommended_working_set_size") if name == "Metal" else None
-    return min(total, int(recommended)) if recommended else int(_USABLE[name] * total)
+    return min(total_memory(), int(recommended)) if recommended else int(_USABLE[name] * total_memory())
 
 
 def _physical_memory() -> int:

@@ -10,7 +10,8 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_wan import backend
-from mlx_wan.errors import UserError, WanError
+from mlx_wan.conditioning import to_uint8
+from mlx_wan.errors import CheckpointError, UserError, WanError
 from mlx_wan.lora.fuse import Adapters
 from mlx_wan.lora.words import AdapterWords
 from mlx_wan.models.autoencoder import WanVAE
@@ -117,6 +118,11 @@ class WanPipeline(AdapterWords):
         spec = checkpoint.spec
         self.scheduler = make_scheduler(spec.scheduler, spec.num_inference_steps, spec.shift, spec.timesteps or None)
         self.tokenizer = Tokenizer(checkpoint.tokenizer, checkpoint.transformer_config.text_len)
+        if self.tokenizer.vocab_size > checkpoint.text_encoder_config.vocab_size:  # its ids would read beyond the table
+            raise CheckpointError(
+                f"{checkpoint.folder}: the tokenizer has {self.tokenizer.vocab_size} tokens, the text encoder "
+                f"{checkpoint.text_encoder_config.vocab_size}: they are of different models"
+            )
         self._transformers: dict[str, WanTransformer] = {}
         self._adapters = Adapters()
         self._embeddings: dict[bytes, mx.array] = {}  # of the last prompts, by their tokens
@@ -547,8 +553,3 @@ def _check_piece(piece: mx.array, latents: mx.array, index: int) -> None:
             f"piece {index} of the decoded video is one flat colour: the run was stopped; MLX gives zeros where a GPU "
             "runs out of memory: try a smaller size"
         )
-
-
-def to_uint8(video: mx.array) -> np.ndarray:
-    """Pixels in [-1, 1] to uint8 0-255, rounded."""
-    return np.array(mx.round((mx.clip(video, -1, 1) + 1) * 127.5).astype(mx.uint8))

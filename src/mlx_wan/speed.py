@@ -3,6 +3,7 @@
 Each part is built alone, of the types that loading gives it, and leaves memory before the next one comes.
 """
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +16,17 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_wan import backend
 from mlx_wan.errors import UserError
-from mlx_wan.memory.plan import Dimensions, Setting, gib, image_work, make_vae, nearest, plans, transformer_inputs
+from mlx_wan.memory.plan import (
+    Dimensions,
+    Setting,
+    Stage,
+    gib,
+    image_work,
+    make_vae,
+    nearest,
+    plans,
+    transformer_inputs,
+)
 from mlx_wan.models.transformer import Control, WanTransformer
 from mlx_wan.models.umt5 import UMT5Encoder
 from mlx_wan.weights.fit import parameter_dtype
@@ -51,15 +62,7 @@ def check(model: Dimensions, setting: Setting, parts: tuple[str, ...], pieces: i
 
     device: as `memory.plan.plans`.
     """
-    stages = {stage.name: stage for stage in plans(model, setting, device)[1].stages}
-    frames, size = _frames(model, setting, pieces), (setting.width, setting.height)
-    encoding = image_work(model.vae, size, (frames - 1) * model.vae.stride[0] + 1, setting.dtype, device)
-    sizes = {
-        "text": stages["text"],
-        "encode": replace(stages["decode"], work=encoding),
-        "transformer": stages["denoise"],
-        "decode": stages["decode"],
-    }
+    sizes = planned(model, setting, pieces, device)
     part = max(parts, key=lambda part: sizes[part].peak)
     if sizes[part].peak > memory:
         near = nearest(model, setting, device, memory, packing="-q {}")
@@ -67,6 +70,21 @@ def check(model: Dimensions, setting: Setting, parts: tuple[str, ...], pieces: i
             f"{part} takes {gib(sizes[part].peak)} ({gib(sizes[part].weights)} of weights), and {gib(memory)} of "
             f"memory can be used: {near or 'no smaller setting fits either'}"
         )
+
+
+def planned(model: Dimensions, setting: Setting, pieces: int, device: str, memory: int = 0) -> dict[str, Stage]:
+    """Part -> what it will hold alone; `device` and `memory` as `memory.plan.plans`."""
+    keeping, leaving = ({stage.name: stage for stage in plan.stages} for plan in plans(model, setting, device, memory))
+    frames, size = _frames(model, setting, pieces), (setting.width, setting.height)
+    weights = leaving["decode"].weights
+    room = memory - weights if device == "CUDA" else math.inf
+    encoding = image_work(model.vae, size, (frames - 1) * model.vae.stride[0] + 1, setting.dtype, device, room)
+    return {
+        "text": leaving["text"],
+        "encode": Stage("encode", weights, encoding),
+        "transformer": leaving["denoise"],
+        "decode": replace(keeping["decode"], weights=weights),  # whose pieces need not be frugal
+    }
 
 
 def measure(

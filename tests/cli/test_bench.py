@@ -9,7 +9,7 @@ from mlx_wan import backend
 from mlx_wan.cli.main import main
 from mlx_wan.memory.plan import Dimensions, Setting, plans
 
-COLUMNS = ["part", "work", "first call", "median", "fastest–slowest", "calls", "weights", "peak memory"]
+COLUMNS = ["part", "work", "first call", "median", "fastest–slowest", "calls", "weights", "peak memory", "planned"]
 
 
 def bench(capsys, *line):

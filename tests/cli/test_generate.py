@@ -15,7 +15,7 @@ from PIL import Image
 
 import mlx_wan
 from mlx_wan import backend
-from mlx_wan.cli import generate
+from mlx_wan.cli import generate, request
 from mlx_wan.cli.main import main
 from mlx_wan.memory.plan import Dimensions, Setting, plans
 from mlx_wan.video import read_metadata, read_video
@@ -170,10 +170,10 @@ def test_default_names_are_safe(requests, prompt, words):
 
 
 def test_default_names_never_meet_a_file_that_is_there(folder, monkeypatch):
-    monkeypatch.setattr(generate.time, "strftime", lambda form: "now")
+    monkeypatch.setattr(request.time, "strftime", lambda form: "now")
     names = []
     for _ in range(3):
-        path = generate._free_name("a cat", "tiny", {"width": 128, "height": 64, "num_frames": 5})
+        path = request.free_name("a cat", "tiny", {"width": 128, "height": 64, "num_frames": 5})
         path.touch()
         names.append(path.name)
     assert names == ["tiny_128x64_a_cat_now.mp4", "tiny_128x64_a_cat_now_2.mp4", "tiny_128x64_a_cat_now_3.mp4"]

@@ -1,4 +1,4 @@
-"""Prompt extension against a real HTTP server on this machine, and a real, tiny mlx-lm model."""
+"""Prompt extension against a real HTTP server on this machine, and a real, tiny models of mlx-lm and mlx-vlm."""
 
 import base64
 import io
@@ -241,25 +241,19 @@ def test_what_is_missing_is_said_before_the_work(tmp_path, monkeypatch, capsys):
 # --- mlx-lm --------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def language_model(tmp_path):
-    """A Qwen2 of one layer over single bytes."""
-    pytest.importorskip("mlx_lm")
-    import mlx.core as mx
-    from mlx.utils import tree_flatten
-    from mlx_lm.models.qwen2 import Model, ModelArgs
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+def write_byte_model(folder, special: list[str], template: str, **more) -> dict:
+    """The files beside the weights of a Qwen2 of one layer over single bytes; returns its config."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-    folder = tmp_path / "qwen"
     folder.mkdir()
-    words = ["<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    words = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, []))
+    tokenizer.add_special_tokens([AddedToken(word, special=True) for word in special])
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.save(str(folder / "tokenizer.json"))
-    template = "{% for message in messages %}{{ message['content'] }} {% endfor %}A"
-    settings = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|endoftext|>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": template}))
+    settings = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": special[0], "chat_template": template}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     config = {
         "model_type": "qwen2",
         "hidden_size": 32,
@@ -271,8 +265,22 @@ def language_model(tmp_path):
         "vocab_size": len(words),
         "tie_word_embeddings": True,
         "eos_token_id": 0,
+        **more,
     }
     (folder / "config.json").write_text(json.dumps(config))
+    return config
+
+
+@pytest.fixture
+def language_model(tmp_path):
+    """A Qwen2 of one layer over single bytes."""
+    pytest.importorskip("mlx_lm")
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+    from mlx_lm.models.qwen2 import Model, ModelArgs
+
+    folder = tmp_path / "qwen"
+    config = write_byte_model(folder, ["<|endoftext|>"], "{% for m in messages %}{{ m['content'] }} {% endfor %}A")
     mx.random.seed(3)
     model = Model(ModelArgs.from_dict(config))
     weights = dict(tree_flatten(model.parameters()))
@@ -296,9 +304,72 @@ def test_a_local_model_that_is_not_there_leaves_the_prompt(tmp_path, monkeypatch
     assert capsys.readouterr().err.count("the prompt stays as it is") == 1
 
 
-def test_without_mlx_lm_the_installation_is_told(monkeypatch):
+def test_without_the_packages_the_installation_is_told(monkeypatch, tmp_path):
     from mlx_wan.prompting import local
 
     monkeypatch.setattr(local, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="needs mlx-lm; install it with"):
         extend("a", method="local_qwen")
+    with pytest.raises(UserError, match="needs mlx-vlm to see the picture; install it with: uv pip install mlx-vlm"):
+        extend("", method="local_qwen", image=tmp_path / "photo.png")
+
+
+# --- mlx-vlm -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def looking_model(tmp_path):
+    """A Qwen2-VL of one layer of each kind over single bytes; it says something else of a red and of a blue picture."""
+    pytest.importorskip("mlx_vlm")
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+    from mlx_vlm.models.qwen2_vl import Model, ModelConfig
+    from mlx_vlm.models.qwen2_vl.config import TextConfig, VisionConfig
+
+    folder = tmp_path / "qwen-vl"
+    special = ["<|endoftext|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+    template = (
+        "{% for m in messages %}{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for c in m['content'] %}"
+        "{% if c['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c['text'] }}{% endif %}"
+        "{% endfor %}{% endif %} {% endfor %}A"
+    )
+    sizes = {"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "patch_size": 14}
+    config = write_byte_model(
+        folder,
+        special,
+        template,
+        model_type="qwen2_vl",
+        image_token_id=3,
+        video_token_id=4,
+        vision_start_token_id=1,
+        tie_word_embeddings=False,
+        rope_scaling={"type": "mrope", "mrope_section": [2, 3, 3]},
+        vision_config={"model_type": "qwen2_vl", "in_channels": 3, "spatial_patch_size": 14, **sizes},
+    )
+    pictures = {"image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2VLProcessor"}
+    pictures |= {"patch_size": 14, "merge_size": 2, "temporal_patch_size": 2, "min_pixels": 784, "max_pixels": 313600}
+    (folder / "preprocessor_config.json").write_text(json.dumps(pictures))
+    parsed = ModelConfig.from_dict(dict(config))
+    parsed.text_config = TextConfig.from_dict(parsed.text_config)
+    parsed.vision_config = VisionConfig.from_dict(parsed.vision_config)
+    mx.random.seed(3)
+    weights = {name: 3 * value for name, value in tree_flatten(Model(parsed).parameters())}
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
+    return folder
+
+
+def test_a_local_model_is_shown_the_picture(looking_model, tmp_path):
+    for colour in ("red", "blue"):
+        Image.new("RGB", (560, 560), colour).save(tmp_path / f"{colour}.png")
+    options = {"method": "local_qwen", "model": str(looking_model), "language": "en"}
+    texts = [extend("look", **options, image=tmp_path / f"{colour}.png") for colour in ("red", "blue", "red")]
+    assert texts[0] == texts[2]
+    assert texts[0] != texts[1]
+    assert extend("", **options, image=tmp_path / "red.png")  # described, with no words at all
+
+
+def test_a_local_model_that_sees_nothing_leaves_the_prompt(language_model, tmp_path):
+    pytest.importorskip("mlx_vlm")
+    Image.new("RGB", (64, 48), "red").save(tmp_path / "red.png")
+    with pytest.raises(WanError, match="sees no pictures"):
+        extend("look", method="local_qwen", model=str(language_model), image=tmp_path / "red.png")

@@ -46,7 +46,7 @@ def parse_line(line: str, base: argparse.Namespace, parser: argparse.ArgumentPar
     if not isinstance(values, dict):
         raise UserError('is not a JSON object, such as {"prompt": "a red circle"}')
     known = {_plain(flag): action for action in parser._actions for flag in action.option_strings if flag[:2] == "--"}
-    merged = argparse.Namespace(**copy.deepcopy(vars(base)))
+    merged = copy.copy(base)
     tokens: list[str] = []
     for key, value in values.items():
         action = known.get(_plain(f"--{key}"))

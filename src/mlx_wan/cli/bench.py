@@ -39,7 +39,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> None:
-    from mlx_wan.speed import check, measure
+    from mlx_wan.memory.limits import limit_memory
+    from mlx_wan.speed import check, measure, planned
 
     for flag in ("repeat", "pieces"):
         if getattr(args, flag) < 1:
@@ -49,15 +50,17 @@ def run(args: argparse.Namespace) -> None:
     parts = tuple(part for part in PARTS if part in args.parts)
     memory = sys.maxsize if args.ignore_plan else backend.usable_memory()
     check(model, setting, parts, args.pieces, backend.device_name(), memory)
+    sizes = planned(model, setting, args.pieces, backend.device_name(), backend.usable_memory())
+    limit_memory()
     about, rows = facts(model, setting), []
     if not args.json:
         print(_head(about), flush=True)
     for found in measure(model, setting, parts, args.repeat, args.pieces):
         rows.append(found)
         if not args.json:
-            print(_row(found), flush=True)
+            print(_row(found, sizes[found.part].peak), flush=True)
     if args.json:
-        print(json.dumps(about | {"measurements": [_facts_of(row) for row in rows]}, indent=2))
+        print(json.dumps(about | {"measurements": [_facts_of(row, sizes[row.part].peak) for row in rows]}, indent=2))
     else:
         print(_estimate(model, setting, rows))
         report.note("random weights: times and memory are a model's own, what it draws is noise")
@@ -93,8 +96,8 @@ def facts(model: "Dimensions", setting: "Setting") -> dict[str, Any]:
     }
 
 
-def _facts_of(row: "Measurement") -> dict[str, Any]:
-    return {**vars(row), "median": row.median}
+def _facts_of(row: "Measurement", planned: int) -> dict[str, Any]:
+    return {**vars(row), "median": row.median, "planned": planned}
 
 
 def _head(about: dict[str, Any]) -> str:
@@ -112,13 +115,13 @@ def _head(about: dict[str, Any]) -> str:
             f"Python {about['python']}; MLX {about['mlx']}{f' ({wheels})' if wheels else ''}{blas}; mlx-wan "
             f"{about['mlx_wan']}; load {about['load_before']}; {about['date']}",
             "",
-            "| part | work | first call | median | fastest–slowest | calls | weights | peak memory |",
-            "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+            "| part | work | first call | median | fastest–slowest | calls | weights | peak memory | planned |",
+            "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
         )
     )
 
 
-def _row(row: "Measurement") -> str:
+def _row(row: "Measurement", planned: int) -> str:
     columns = (
         NAMES[row.part],
         row.work,
@@ -128,6 +131,7 @@ def _row(row: "Measurement") -> str:
         str(len(row.seconds)),
         _size(row.weights),
         _size(row.peak),
+        _size(planned),
     )
     return f"| {' | '.join(columns)} |"
 

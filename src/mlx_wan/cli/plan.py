@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_wan import backend
 from mlx_wan.cli.flags import DTYPE_BYTES, TASKS
-from mlx_wan.cli.generate import parse_size
+from mlx_wan.cli.request import parse_size
 from mlx_wan.errors import UserError
 
 if TYPE_CHECKING:

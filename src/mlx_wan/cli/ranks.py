@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mlx_wan.errors import UserError
+from mlx_wan.errors import UserError, WanError
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -56,22 +56,50 @@ class Crew:
 
     def from_first(self, text: str) -> str:
         """The text that the first process has."""
-        if self.world is None:
+        if self.world is None or self.guard is None:
             return text
-        from mlx_wan.parallel.guard import tell
+        from mlx_wan.parallel.guard import tell_or_fail
 
-        return tell(self.world, text)[0]
+        return tell_or_fail(self.world, self.guard.hosts, text)[0]
+
+    def attempt(self, function: Callable[[], Any]) -> Any:
+        """What the function returns; a WanError of one process is one of all, wherever in the function they are.
+
+        Of these they may exchange what `from_first`, `same_seed` and `agree` do, and nothing else.
+        """
+        if self.world is None or self.guard is None:
+            return function()
+        from mlx_wan.parallel.guard import DisagreementError, tell_or_fail
+
+        try:
+            result = function()
+        except DisagreementError:
+            raise  # all have it
+        except WanError as error:
+            tell_or_fail(self.world, self.guard.hosts, failure=str(error))
+            raise
+        tell_or_fail(self.world, self.guard.hosts)
+        return result
 
     def agree(self, checkpoint: "Checkpoint", values: dict[str, Any]) -> None:
         """UserError, in all processes, if one was given another model or another value."""
-        if self.world is None or self.guard is None:
+        if self.world is None:
             return
         import mlx_wan
         from mlx_wan.fingerprint import model_fingerprint
-        from mlx_wan.parallel.guard import check_agreement
 
         facts = {"version of mlx-wan": mlx_wan.__version__, "model": model_fingerprint(checkpoint)}
-        facts |= {name: _short(value) for name, value in values.items()}
+        self._check(facts | {name: _short(value) for name, value in values.items()})
+
+    def same(self, name: str, value: Any) -> None:
+        """UserError, in all processes, if one was given another value."""
+        self._check({name: _short(value)})
+
+    def _check(self, facts: dict[str, str]) -> None:
+        if self.world is None or self.guard is None:
+            return
+        from mlx_wan.parallel.guard import check_agreement
+
         check_agreement(self.world, facts, self.guard.hosts)
 
     def on_stop(self, function: Callable[[], None]) -> None:

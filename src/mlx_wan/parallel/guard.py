@@ -40,9 +40,20 @@ def tell(world: mx.distributed.Group, text: str) -> list[str]:
     return [bytes(row[:size]).decode() for row, size in zip(texts, lengths, strict=True)]
 
 
+def tell_or_fail(
+    world: mx.distributed.Group, hosts: list[str], text: str = "", failure: str | None = None
+) -> list[str]:
+    """As `tell`; DisagreementError, in every rank, if one tells of a failure in place of its text."""
+    told = tell(world, f"+{text}" if failure is None else f"-{failure}")
+    for rank, other in enumerate(told):
+        if other.startswith("-"):
+            raise DisagreementError(f"rank {rank} ({hosts[rank]}): {other[1:]}")
+    return [other[1:] for other in told]
+
+
 def check_agreement(world: mx.distributed.Group, facts: dict[str, str], hosts: list[str]) -> None:
-    """DisagreementError, in every rank, if one has other facts (name -> anything short) than rank 0."""
-    told = [json.loads(text) for text in tell(world, json.dumps(facts))]
+    """DisagreementError, in every rank, if one has other facts (name -> anything short) than rank 0, or failed."""
+    told = [json.loads(text) for text in tell_or_fail(world, hosts, json.dumps(facts))]
     for rank, other in enumerate(told):
         different = [name for name in told[0] if other.get(name) != told[0][name]]
         if different or other.keys() != told[0].keys():

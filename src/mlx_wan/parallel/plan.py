@@ -86,7 +86,8 @@ class Parallel:
 
     def agree(self, decision: bool) -> bool:
         """What the first process decides, for all: numbers may differ in their last digits between machines."""
-        return decision if self.size == 1 else bool(self.from_first(mx.array([decision])).item())
+        # As a number: NCCL has no booleans.
+        return decision if self.size == 1 else bool(self.from_first(mx.array([int(decision)])).item())
 
     def load_transformer(self, checkpoint: Checkpoint, dtype: mx.Dtype, part: str) -> WanTransformer:
         """As `weights.load.load_transformer`; it computes this process's tokens, with this process's weights."""

@@ -71,8 +71,7 @@ class GatheredBlock(nn.Module):
         held = {name: parameters[name] for name in self._rows}
         whole = {}
         for name, array in held.items():
-            whole[name] = mx.concatenate(self._team.gather_rows(array, self._team.counts(self._rows[name])))
-            mx.eval(whole[name])  # one by one: every rank must gather them in the same order
+            whole[name] = self._team.gather_rows(array, self._team.counts(self._rows[name]))
         self.block.update(cast(Any, tree_unflatten(list(whole.items()))))
         try:
             out = self.block(*args)

@@ -1,13 +1,24 @@
 """Ranks that exchange arrays, by the collectives that every backend of MLX has: all_gather and all_sum."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from itertools import pairwise
 
 import mlx.core as mx
 
+from mlx_wan.parallel.world import has_nccl
+
+
+@lru_cache(maxsize=1)
+def _exchanging() -> mx.Stream:
+    """Where NCCL works beside what is computed. One for all teams: ranks must meet in one order."""
+    return mx.new_stream(mx.gpu)
+
 
 class Team:
     """Some of the ranks of a world, this process among them.
+
+    An exchange begins when it is asked for, not when its result is: what is computed after it may take its time.
 
     Where the backend cannot split its group (ring, JACCL), all ranks gather and each takes its team's part: more
     traffic, the same result. All teams of a world must then gather arrays of the same shape at the same time.
@@ -25,6 +36,7 @@ class Team:
     def __init__(self, world: mx.distributed.Group | None, members: Sequence[int] | None = None):
         everyone = list(range(1 if world is None else world.size()))
         self._group = world
+        self._stream = _exchanging() if world is not None and has_nccl() else None  # None: the backend's own
         self._members = everyone if members is None else list(members)
         self._picks = len(self._members) < len(everyone)
         self.size = len(self._members)
@@ -40,20 +52,29 @@ class Team:
         """(size, *x.shape): everybody's `x`, which has one shape in the whole team."""
         if self.size == 1:
             return x[None]
-        everything = mx.distributed.all_gather(x[None], group=self._group)
+        everything = self._exchange(mx.distributed.all_gather, x[None])
         return everything[mx.array(self._members)] if self._picks else everything
 
     def all_sum(self, x: mx.array) -> mx.array:
         """The sum of everybody's `x`; of the whole world's team alone."""
         assert self.size == 1 or not self._picks
-        return x if self.size == 1 else mx.distributed.all_sum(x, group=self._group)
+        return x if self.size == 1 else self._exchange(mx.distributed.all_sum, x)
 
-    def gather_rows(self, x: mx.array, counts: Sequence[int]) -> list[mx.array]:
-        """Everybody's `x` (counts[rank], ...), whose numbers of rows may differ."""
+    def gather_rows(self, x: mx.array, counts: Sequence[int]) -> mx.array:
+        """(sum(counts), ...): everybody's `x` (counts[rank], ...), one after the other; no copy if all have as many."""
         longest = max(counts)
         padding = [(0, longest - x.shape[0])] + [(0, 0)] * (x.ndim - 1)
         everything = self.all_gather(mx.pad(x, padding) if x.shape[0] < longest else x)
-        return [everything[i, :count] for i, count in enumerate(counts)]
+        if min(counts) == longest:
+            return mx.flatten(everything, 0, 1, stream=self._stream)
+        return mx.concatenate([everything[i, :count] for i, count in enumerate(counts)])
+
+    def _exchange(self, collective: Callable[..., mx.array], x: mx.array) -> mx.array:
+        # One graph over two streams would make MLX wait for the first on the CPU (CUDA, 0.32.4): so three graphs.
+        mx.async_eval(x)
+        result = collective(x, group=self._group, stream=self._stream)
+        mx.async_eval(result)
+        return result
 
     def bounds(self, total: int) -> list[int]:
         """Where the members' shares of `total` things begin, and the last one's end; they differ by one at most."""

@@ -36,14 +36,15 @@ class TokenShare(Share):
         return frames[:, :, self._start : self._stop].reshape(x.shape[0], -1, *x.shape[2:])
 
     def gather(self, *arrays: mx.array) -> tuple[mx.array, ...]:
-        widths = [array.shape[-1] for array in arrays]
-        parts = self._parts(mx.concatenate(list(arrays), axis=-1))  # one exchange, not one for each
-        return tuple(mx.split(mx.concatenate(parts, axis=1), list(accumulate(widths))[:-1], axis=-1))
+        return tuple(self._rank_by_rank(array) for array in arrays)
 
     def join(self, x: mx.array) -> mx.array:
-        frames = [part.reshape(part.shape[0], self._frames, -1, part.shape[-1]) for part in self._parts(x)]
+        parts = mx.split(self._rank_by_rank(x), list(accumulate(self._counts))[:-1], axis=1)
+        frames = [part.reshape(part.shape[0], self._frames, -1, part.shape[-1]) for part in parts]
         return mx.concatenate(frames, axis=2).reshape(x.shape[0], -1, x.shape[-1])
 
-    def _parts(self, x: mx.array) -> list[mx.array]:
-        """Each rank's (B, its tokens, C)."""
-        return [part.swapaxes(0, 1) for part in self._team.gather_rows(x.swapaxes(0, 1), self._counts)]
+    def _rank_by_rank(self, x: mx.array) -> mx.array:
+        """(B, L, C): everybody's tokens (B, own, C), those of each rank together."""
+        if x.shape[0] == 1:
+            return self._team.gather_rows(x[0], self._counts)[None]
+        return self._team.gather_rows(x.swapaxes(0, 1), self._counts).swapaxes(0, 1)

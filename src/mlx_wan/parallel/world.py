@@ -12,6 +12,7 @@ from mlx_wan.errors import UserError
 MEETING = 30.0  # seconds in which all ranks must have come
 # What launchers set for the processes they start: mlx.launch for ring, JACCL and NCCL, mpirun of two families.
 LAUNCHED = ("MLX_RANK", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+NCCL = ("NCCL_HOST_IP", "NCCL_PORT", "MLX_RANK", "MLX_WORLD_SIZE")  # what its NCCL backend is told by
 
 # MLX waits for the other ranks for ever, and holds the interpreter while it does: no thread and no signal handler of
 # this process would get its turn. So a second process waits for a sign that all have met, and ends this one without it.
@@ -30,6 +31,11 @@ def is_launched() -> bool:
     if hosts and os.path.isfile(hosts) and not Path(hosts).read_text().strip():
         return False  # mlx.launch -n 1 names an empty list, which MLX itself stumbles over
     return any(name in os.environ for name in LAUNCHED)
+
+
+def has_nccl() -> bool:
+    """Whether MLX exchanges through NCCL in this process: by its rules, wherever it can."""
+    return mx.cuda.is_available() and all(os.environ.get(name) for name in NCCL)
 
 
 def meet(seconds: float = MEETING) -> mx.distributed.Group:

@@ -4,11 +4,14 @@ import base64
 import io
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlx_wan.errors import UserError, WanError
 from mlx_wan.prompting import LANGUAGES, METHODS, chat, local
 from mlx_wan.prompting.instructions import ONLY_A_PICTURE, system_prompt
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 PICTURE_SIDE = 1024  # pixels; a larger picture is sent smaller
 _THOUGHTS = re.compile(r"<think>.*?</think>", re.DOTALL)
@@ -16,13 +19,13 @@ _QUOTES = (('"', '"'), ("“", "”"), ("「", "」"), ("'", "'"))
 
 
 def check(method: str, model: str | None, prompt: str, image: str | Path | None) -> None:
-    """UserError if `extend` could not even begin: no key, no mlx-lm, nothing to extend."""
+    """UserError if `extend` could not even begin: no key, a package missing, nothing to extend."""
     if method not in METHODS:
         raise UserError(f"prompt extension by {method!r}: choose one of {', '.join(METHODS)}")
-    if not prompt.strip() and (image is None or method == "local_qwen"):
+    if not prompt.strip() and image is None:
         raise UserError("--use_prompt_extend: the prompt is empty, and there is no picture that could be described")
     if method == "local_qwen":
-        local.check()
+        local.check(image is not None)
     else:
         chat.server(method, model, image is not None)
 
@@ -34,8 +37,8 @@ def extend(
 
     Args:
         prompt: what to show; may be empty if there is a picture.
-        method: "local_qwen" (mlx-lm on this machine; it sees the prompt alone), "dashscope" or "openai" (any server
-            with OpenAI's HTTP interface, OPENAI_BASE_URL says where). Keys come from the environment.
+        method: "local_qwen" (mlx-lm on this machine, mlx-vlm if there is a picture), "dashscope" or "openai" (any
+            server with OpenAI's HTTP interface, OPENAI_BASE_URL says where). Keys come from the environment.
         model: its name; None is the method's own.
         language: "zh" or "en", to write in.
         image: a picture file to describe, the video's first frame.
@@ -48,30 +51,37 @@ def extend(
         raise UserError(f"language is {language!r}; choose one of {', '.join(LANGUAGES)}")
     check(method, model, prompt, image)
     system = {"role": "system", "content": system_prompt(language, image is not None)}
+    words = prompt if prompt.strip() else ONLY_A_PICTURE
+    picture = None if image is None else _picture(image)
     if method == "local_qwen":
-        answer = local.ask(model, [system, {"role": "user", "content": prompt}])
+        answer = local.ask(model, [system, {"role": "user", "content": words}], picture)
     else:
         where = chat.server(method, model, image is not None)
-        answer = chat.ask(where, [system, {"role": "user", "content": _content(prompt, image)}])
+        answer = chat.ask(where, [system, {"role": "user", "content": _content(words, picture)}])
     text = _tidy(answer)
     if not text:
         raise WanError(f"{method}: the answer is empty")
     return text
 
 
-def _content(prompt: str, image: str | Path | None) -> str | list[dict[str, Any]]:
-    if image is None:
-        return prompt
-    text = prompt if prompt.strip() else ONLY_A_PICTURE
-    return [{"type": "image_url", "image_url": {"url": data_url(image)}}, {"type": "text", "text": text}]
+def _content(words: str, picture: "Image | None") -> str | list[dict[str, Any]]:
+    if picture is None:
+        return words
+    return [{"type": "image_url", "image_url": {"url": data_url(picture)}}, {"type": "text", "text": words}]
 
 
-def data_url(image: str | Path) -> str:
-    """A picture file as a JPEG inside a URL, its longer side 1024 pixels at most."""
+def _picture(image: str | Path) -> "Image":
+    """A picture file, its longer side 1024 pixels at most."""
     from mlx_wan.video import read_image
 
-    picture, data = read_image(image), io.BytesIO()
+    picture = read_image(image)
     picture.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
+    return picture
+
+
+def data_url(picture: "Image") -> str:
+    """A picture as a JPEG inside a URL."""
+    data = io.BytesIO()
     picture.save(data, "JPEG", quality=90)
     return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()
 
