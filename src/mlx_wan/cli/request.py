@@ -34,7 +34,7 @@ def check_flags(args: argparse.Namespace) -> None:
     for flag in ("image", "last_frame", "save_file", "ckpt_dir", "text_cache", *sources.FLAGS[:3], *FILES):
         if getattr(args, flag) == "":  # an unset variable of a script: no reason to do something else silently
             raise UserError(f"--{flag} is empty; give a name, or leave the flag out")
-    if args.use_prompt_extend:
+    if args.use_prompt_extend and args.crew.is_first:  # who asks, for all
         from mlx_wan.prompting.extend import check
 
         check(args.prompt_extend_method, args.prompt_extend_model, args.prompt, args.image)
