@@ -1,8 +1,10 @@
 import shutil
 
 import numpy as np
+import pytest
 
 from mlx_wan import fingerprint
+from mlx_wan.errors import WanError
 from mlx_wan.fingerprint import file_fingerprint, model_fingerprint
 from mlx_wan.weights.checkpoint import EMBEDDED
 from mlx_wan.weights.locate import locate
@@ -34,3 +36,10 @@ def test_large_files_are_sampled_from_end_to_end(tmp_path, monkeypatch):
     (tmp_path / "file").write_bytes(data + b"x")
     prints.add(file_fingerprint(tmp_path / "file"))
     assert len(prints) == 4
+
+
+def test_what_is_not_there_has_no_fingerprint(tmp_path):
+    with pytest.raises(WanError, match=f"{tmp_path / 'absent'}: cannot be read: No such file"):
+        file_fingerprint(tmp_path / "absent")
+    with pytest.raises(WanError, match=f"{tmp_path}: has no files"):
+        file_fingerprint(tmp_path)

@@ -98,7 +98,7 @@ def test_walls(file):
     assert not third_party(names) & FORBIDDEN
     if room in ("models", "schedulers"):
         assert third_party(names) <= {"mlx", "numpy", "mlx_wan"}
-        inner = tuple(f"mlx_wan.{allowed}" for allowed in (room, "errors"))
+        inner = tuple(f"mlx_wan.{allowed}" for allowed in (room, "errors", "backend"))
         assert all(name == "mlx_wan" or name.startswith(inner) for name in names if name.startswith("mlx_wan"))
     if room != "cli":
         assert not any(name.startswith("mlx_wan.cli") for name in names)

@@ -18,13 +18,15 @@ BLOCKS, BLOCK_BYTES = 256, 2**16  # what is read of larger ones, evenly spread f
 def file_fingerprint(path: str | Path) -> str:
     """16 hexadecimal digits of a file's size and bytes; of a file over 64 MiB, of 256 blocks of 64 KiB.
 
-    A folder's is that of its files, by their names.
+    A folder's is that of its files, by their names. Raises WanError if there are none.
     """
     path = Path(path)
     digest = hashlib.sha256()
-    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-        if file.is_file():
-            _add(digest, file)
+    files = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
+    if not files:
+        raise WanError(f"{path}: has no files")
+    for file in files:
+        _add(digest, file)
     return digest.hexdigest()[:DIGITS]
 
 

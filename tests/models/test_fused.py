@@ -7,10 +7,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_wan import backend
 from mlx_wan.models import fused, fused_gradients, layers, row_kernels
 
 EPS, WIDTH, HEADS, LENGTH = 1e-6, 32, 4, 12
-ON_CUDA = layers.backend() == "CUDA"
+ON_CUDA = backend.device_name() == "CUDA"
 
 
 def drawn(*shape, seed=0):

@@ -1,8 +1,11 @@
 """`generate` as several processes: one video, one voice, and a reason when there is none."""
 
 import json
+import shutil
 import socket
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import checkpoint
 import numpy as np
@@ -13,6 +16,7 @@ from PIL import Image, ImageSequence
 
 import mlx_wan
 from mlx_wan.cli.main import main
+from mlx_wan.outputs import read_settings
 from mlx_wan.video import VideoWriter, read_video
 
 SIZE = "--size 96*64 --frame_num 9 --sample_solver euler"
@@ -99,8 +103,9 @@ def test_one_process_cannot_share(folder, tmp_path, capsys, flags, message):
     assert message in capsys.readouterr().err
 
 
-def test_a_stopped_run_of_two_goes_on(folder, tmp_path):
-    """The first process keeps the run; the second needs no file of it. What comes out is the same to the byte."""
+def test_a_stopped_run_of_two_goes_on(folder, tmp_path, capsys):
+    """The first process keeps the run; the second needs no file of it. What comes out is the same to the byte, and all
+    but the same if one process alone goes on."""
     path, whole = tmp_path / "two.mp4", tmp_path / "whole.mp4"
     kept = tmp_path / "two.mp4.resume.safetensors"
     flags = "--sample_steps 40 --seed 3 --ulysses_size 2 --codec lossless"
@@ -111,6 +116,10 @@ def test_a_stopped_run_of_two_goes_on(folder, tmp_path):
     processes[1].kill()
     assert [code for code, *_ in ranks.finish(processes, timeout=30)] == [1, -9]
     assert not path.exists()
+    alone = tmp_path / "alone.mp4.resume.safetensors"
+    shutil.copy(kept, alone)
+    assert main(["generate", "--resume", str(alone)]) == 0
+    assert f"{alone}: 2 processes worked on it before, and now 1: digits may differ" in capsys.readouterr().err
     again = ["-m", "mlx_wan.cli.main", "generate", "--ulysses_size", "2", "--resume"]
     elsewhere = str(tmp_path / "absent" / kept.name)
     results = ranks.finish(ranks.start(tmp_path, 2, [*again, str(kept)], {1: [*again, elsewhere]}))
@@ -119,6 +128,8 @@ def test_a_stopped_run_of_two_goes_on(folder, tmp_path):
     results = ranks.finish(ranks.start(tmp_path, 2, line(folder, whole, flags)))
     assert [code for code, *_ in results] == [0, 0], results
     assert path.read_bytes() == whole.read_bytes()
+    together, single = (read_video(file)[0].astype(int) for file in (path, tmp_path / "alone.mp4"))
+    assert np.abs(together - single).max() <= 2
 
 
 def test_two_processes_make_a_batch_and_its_previews(folder, tmp_path):
@@ -165,6 +176,34 @@ def test_two_processes_make_a_batch_and_its_previews(folder, tmp_path):
 def picture_frames(path):
     with Image.open(path) as file:
         return [np.asarray(frame.convert("RGB")).astype(int) for frame in ImageSequence.Iterator(file)]
+
+
+def test_the_first_process_asks_a_language_model_for_both(folder, tmp_path, monkeypatch):
+    """The second has neither key nor address; both must make the video of the extended prompt."""
+    asked, path = [], tmp_path / "two.webp"
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            answer = json.dumps({"choices": [{"message": {"content": "two rich cats"}}]}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{server.server_port}/v1")
+        extend = "--use_prompt_extend --prompt_extend_method openai --prompt_extend_model m"
+        flags = f"--sample_steps 1 --seed 3 --ulysses_size 2 --codec lossless {extend}"
+        both = line(folder, path, flags)
+        bare = "import os, sys; del os.environ['OPENAI_BASE_URL']; from mlx_wan.cli.main import main; sys.exit(main())"
+        results = ranks.finish(ranks.start(tmp_path, 2, both, {1: ["-c", bare, *both[2:]]}))
+        server.shutdown()
+    assert [code for code, *_ in results] == [0, 0], results
+    assert len(asked) == 1
+    facts = read_settings(path)
+    assert (facts["prompt"], facts["given_prompt"]) == ("two rich cats", "two cats")
 
 
 def test_two_processes_make_a_longer_video(folder, tmp_path):
