@@ -8,6 +8,7 @@ import pytest
 from mlx.utils import tree_flatten
 from PIL import Image
 
+from mlx_wan.cli.previews import Previews
 from mlx_wan.conditioning import frame_to_image, image_to_frame
 from mlx_wan.errors import UserError
 from mlx_wan.models.transformer import WanTransformer
@@ -178,6 +179,37 @@ def test_both_experts_are_trained_whole(models, data, tmp_path):
     for part in ("transformer", "transformer_2"):
         pairs = [dict(tree_flatten(load_transformer(c, mx.float32, part).parameters())) for c in (before, after)]
         assert not all(mx.array_equal(pairs[0][name], pairs[1][name]) for name in pairs[0])
+
+
+@pytest.mark.parametrize("name", ["small-i2v-A14B", "small-i2v-14B"])
+def test_previews_ask_the_expert_of_a_timestep_and_show_a_frame(models, data, tmp_path, name):
+    """As the pipeline would make them, but for the size: the first frame is the held-out clip's."""
+    seen, two = [], name in TWO_EXPERTS
+    words = {"preview_prompts": ("a", "b"), "preview_every": 2, "preview_steps": 4, "iters": 3}
+    words |= {"expert": "both", "switch_every": 1} if two else {}
+    made = plan(models[name], data, tmp_path, batch_size=1, **words)
+    previews = Previews(made)
+
+    def preview(transformer_at, step, texts, shown):
+        asked = []
+
+        def at(timestep):
+            asked.append((timestep, transformer_at(timestep)))
+            return asked[-1][1]
+
+        previews(at, step, texts, shown)
+        seen.append(asked)
+        assert len(shown) == 2
+        assert shown[0].channels.shape[1:4] == (2, 4, 4)
+        assert (shown[0].image is None) == two
+
+    run(made, False, lambda row: None, preview=preview)
+    assert {path.name for path in (tmp_path / "previews").iterdir()} == {"0000002.png", "0000003.png"}
+    for asked in seen:
+        assert len(asked) == 8
+        high, low = ({id(model) for t, model in asked if (t >= 900) == side} for side in (True, False))
+        assert len(high) == len(low) == 1
+        assert (high != low) == two
 
 
 def test_memory_of_both_experts(models, data, tmp_path):

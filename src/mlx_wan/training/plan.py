@@ -250,8 +250,8 @@ def check_model(recipe: FinetuneRecipe, checkpoint: Checkpoint) -> None:
         expert_part(checkpoint, expert)  # refuses a word for models that have no experts
     if spec.boundary is not None and recipe.expert is None:
         raise UserError(f"{recipe.model}: is {spec.name}, which has two experts; give expert high, low or both")
-    if recipe.preview_prompts and (spec.boundary is not None or spec.task in KNOWN_FRAMES):
-        raise UserError(f"preview_prompts: what is trained of {spec.name} makes no video of a prompt; leave them out")
+    if recipe.preview_prompts and spec.boundary is not None and recipe.expert != "both":
+        raise UserError("preview_prompts: one expert alone makes no video; train both, or leave them out")
 
 
 def without_pictures(sources: list[Source], checkpoint: Checkpoint) -> tuple[list[Source], list[Skipped]]:
