@@ -18,6 +18,7 @@ from mlx_wan.training.cache import load_clip
 from mlx_wan.training.dataset import read_clip
 from mlx_wan.training.evaluate import evaluate
 from mlx_wan.training.finetune import Examples, fill_cache, run
+from mlx_wan.training.joint import frozen, let_go
 from mlx_wan.training.objective import flow_loss, sample_sigmas, shift_sigma, unshift_sigma
 from mlx_wan.training.options import FinetuneRecipe
 from mlx_wan.training.plan import make_plan
@@ -170,6 +171,20 @@ def test_resuming_both_experts_is_exact_wherever_it_stopped(models, data, tmp_pa
     start = both(models, data, tmp_path / "on", resume_adapter_file=str(whole / "adapters_low_noise.safetensors"))
     assert start.of("high").recipe.resume_adapter_file.endswith("adapters_high_noise.safetensors")
     run(start, False, lambda row: None)
+
+
+def test_who_waits_for_its_turn_takes_no_memory(models, data, tmp_path):
+    made = both(models, data, tmp_path, rank=1).of("low")
+    model = finetune.load_trainable(made)
+    mx.eval(model.parameters())
+    names, size = set(frozen(model)), sum(array.nbytes for array in frozen(model).values())
+    kept = {name: np.array(array) for name, array in tree_flatten(model.trainable_parameters())}
+    before = mx.get_active_memory()
+    let_go(model)
+    assert before - mx.get_active_memory() > 0.9 * size
+    assert set(frozen(model)) == names
+    trained = dict(tree_flatten(model.trainable_parameters()))
+    assert all(np.array_equal(np.array(trained[name]), array) for name, array in kept.items())
 
 
 def test_both_experts_are_trained_whole(models, data, tmp_path):
