@@ -6,8 +6,8 @@ uv run python benchmarks/distributed.py steps           # two GPUs: guided steps
 uv run python benchmarks/distributed.py steps --small   # the same on two processes of any machine, with a toy
 uv run python benchmarks/distributed.py tiles           # why the decoder is not split into overlapping tiles
 
-Random weights; float32, but for `steps`, which takes the device's usual type. It is five measurements, each in new
-processes that are ended if they hang; each may be named in its place: links, calls, spread, exact, clip.
+Random weights; float32, but for `steps`, which takes the device's usual type. It is six measurements, each in new
+processes that are ended if they hang; each may be named in its place: links, calls, decode, spread, exact, clip.
 """
 
 import argparse
@@ -27,10 +27,12 @@ import os
 from functools import partial
 
 import numpy as np
+from mlx import nn
 from mlx.utils import tree_flatten
 
 from mlx_wan import backend
 from mlx_wan.models.transformer import FLOAT32_PARAMETERS, TransformerConfig, WanTransformer
+from mlx_wan.models.vae22 import VAEConfig, WanVAE22
 from mlx_wan.parallel.plan import ALONE, Parallel
 from mlx_wan.parallel.spread import Spread
 from mlx_wan.parallel.team import Team
@@ -45,7 +47,7 @@ MIB = 2**20
 
 
 # What `steps` measures, each in processes of its own, and the seconds after which these count as hanging.
-STEPS = {"links": 25, "calls": 60, "spread": 40, "exact": 40, "clip": 40}
+STEPS = {"links": 25, "calls": 60, "decode": 40, "spread": 40, "exact": 40, "clip": 40}
 COUNTS = (2,) if mx.cuda.is_available() else (2, 3, 4)  # of processes
 
 
@@ -60,7 +62,7 @@ def main() -> None:
         tiles()
     elif "MLX_RANK" in os.environ:
         world = mx.distributed.init(strict=True)
-        one = {"exact": exact, "calls": calls, "spread": spread_weights, "clip": clip}
+        one = {"exact": exact, "calls": calls, "decode": decode, "spread": spread_weights, "clip": clip}
         if args.what in one:
             one[args.what](world, args.small)
         else:
@@ -236,11 +238,37 @@ def compare(world, config: TransformerConfig, shape: tuple[int, ...], dtype: mx.
         say(f"  {faster:.3f} times faster than the faster rank alone; relative difference {error:.1e}")
 
 
-def draw(model: WanTransformer, dtype: mx.Dtype) -> None:
+def decode(world: mx.distributed.Group, small: bool) -> None:
+    """Seconds of a piece (four frames) of the 5B's decoder alone and with rows shared, and how far frames are apart."""
+    dtype, channels = backend.vae_dtype(backend.default_dtype()), 48
+    sizes = {"dim": 8, "dec_dim": 16} if small else {}
+    vae = WanVAE22(VAEConfig(**sizes, latents_mean=(0.0,) * channels, latents_std=(1.0,) * channels))
+    draw(vae, dtype)
+    latents = mx.random.normal((1, 6, 8, 8, channels) if small else (1, 6, 44, 80, channels), key=mx.random.key(1))
+    want, alone = None, 0.0
+    for name, parallel in (("alone", ALONE), ("rows shared", Parallel(world, world.size()))):
+        times, pieces, begin = [], [], 0.0
+        mx.reset_peak_memory()
+        for piece in parallel.stream_decode(vae, latents):
+            times.append(time.perf_counter() - begin)
+            pieces.append(np.array(piece))
+            mx.eval(mx.distributed.all_sum(mx.array(1.0)))
+            begin = time.perf_counter()
+        seconds, got = float(np.median(times[3:])), np.concatenate(pieces, axis=1)
+        want, alone = (got, seconds) if want is None else (want, alone)
+        error = np.linalg.norm(got - want) / np.linalg.norm(want)
+        if world.rank() == 0:
+            peak = f"peak {mx.get_peak_memory() / 2**30:.1f} GiB"
+            how = f"{alone / seconds:.2f} times as fast, relative difference {error:.1e}"
+            print(f"decoder, {dtype}, {name}: {seconds:.3f} s a piece, {peak}, {how}", flush=True)
+
+
+def draw(model: nn.Module, dtype: mx.Dtype) -> None:
     """Fills a model with the same random values in every rank, one tensor after the other."""
     for i, (name, array) in enumerate(tree_flatten(model.parameters())):
         kept = any(part in name for part in FLOAT32_PARAMETERS)
-        value = mx.ones(array.shape) if "norm" in name else 0.02 * mx.random.normal(array.shape, key=mx.random.key(i))
+        norm = "norm" in name or "gamma" in name
+        value = mx.ones(array.shape) if norm else 0.02 * mx.random.normal(array.shape, key=mx.random.key(i))
         value = value.astype(mx.float32 if kept else dtype)
         mx.eval(value)
         model.load_weights([(name, value)], strict=False)

@@ -359,9 +359,12 @@ class WanPipeline(AdapterWords):
         if request.source is not None:
             latents = latents[:, len(request.source.references) :]
         yield Event("latents", 1, 1, latents)
-        if decode and self.parallel.is_first:
-            for index, piece in enumerate(self.vae.stream_decode(latents, self.low_memory), start=1):
+        if decode:
+            pieces = self.parallel.stream_decode(self.vae, latents, self.low_memory)
+            for index, piece in enumerate(pieces, start=1):
                 _check_piece(piece, latents[:, index - 1], index)
+                if not self.parallel.is_first:
+                    continue
                 yield Event("frames", index, latents.shape[1], to_uint8(piece[0]))
 
     def _denoising(self, request: _Request) -> Generator[Event, None, Iterator[Point]]:

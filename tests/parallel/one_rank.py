@@ -16,9 +16,12 @@ from mlx.utils import tree_flatten
 from PIL import Image
 
 import mlx_wan
+from mlx_wan.models.vae21 import VAE21Config, WanVAE21
+from mlx_wan.models.vae22 import VAEConfig, WanVAE22
 from mlx_wan.parallel.plan import Parallel
 
 REQUEST = {"width": 96, "height": 64, "num_frames": 9, "num_inference_steps": 2, "seed": 3, "output_type": "latent"}
+DECODED = (1, 3, 6, 4, 48), (1, 3, 5, 3, 16), (1, 2, 1, 2, 16)  # latents; the last of fewer rows than ranks
 INPUTS = {"latents": (1, 2, 4, 6, 48), "context": (1, 5, 64)}
 
 
@@ -50,6 +53,16 @@ def velocity(pipe: mlx_wan.WanPipeline) -> mx.array:
     return pipe.transformer(latents, mx.arange(12).reshape(1, 12) * 80.0, context)
 
 
+def decoded(parallel: Parallel, shape: tuple[int, ...]) -> mx.array:
+    """Frames of random latents, from a VAE of the kind that has so many channels; of none if this rank gets none."""
+    channels = shape[-1]
+    kind, config, sizes = (WanVAE22, VAEConfig, small.VAE) if channels == 48 else (WanVAE21, VAE21Config, small.VAE21)
+    mx.random.seed(5)
+    vae = kind(config(**sizes, latents_mean=(0.0,) * channels, latents_std=(1.0,) * channels))
+    pieces = list(parallel.stream_decode(vae, mx.array(small.random("decoded", shape)), channels == 16))
+    return mx.concatenate(pieces, axis=1) if pieces else mx.zeros((1,))
+
+
 def nbytes(model) -> int:
     return sum(array.nbytes for _, array in tree_flatten(model.parameters()))
 
@@ -57,6 +70,8 @@ def nbytes(model) -> int:
 def main(folder: str, out: str) -> None:
     world = mx.distributed.init(strict=True, backend="ring")
     latents, held = {}, {}
+    for shape in DECODED:
+        latents[f"decoded {shape}"] = decoded(Parallel(world, world.size()), shape)
     for way, sharing in ways(world.size()).items():
         pipe = mlx_wan.WanPipeline.from_pretrained(folder, parallel=Parallel(world, **sharing))
         latents[way] = run(pipe, way)

@@ -17,6 +17,7 @@ from mlx_wan.errors import WanError
 
 from . import vae_passes
 from .layers import SiLU, copied, finish, run_layers, target
+from .share import Rows
 
 
 class AutoencoderConfig(Protocol):
@@ -71,6 +72,7 @@ class FeatureCache:
         streaming: whether nobody asks for gradients: layers may then use kernels that have none, and large results are
             computed at once, so that MLX holds no more than a layer's.
         frugal: of a stream: even less, for a tenth more time.
+        rows: which rows of each frame are decoded here, if several processes share a clip.
     """
 
     def __init__(
@@ -79,8 +81,9 @@ class FeatureCache:
         first: bool = True,
         streaming: bool = False,
         frugal: bool = False,
+        rows: Rows | None = None,
     ) -> None:
-        self.first, self.streaming, self.frugal = first, streaming, frugal
+        self.first, self.streaming, self.frugal, self.rows = first, streaming, frugal, rows
         self.frames: dict[int, mx.array] = frames or {}
 
     def recall(self, layer: nn.Module) -> mx.array | None:
@@ -163,7 +166,7 @@ class CausalConv3d(Cached):
     def __call__(self, x: mx.array, cache: FeatureCache) -> mx.array:
         # x: (B, T, H, W, C). Frames before the clip are zeros.
         memory = self.weight.shape[1] - 1
-        return self.convolve(cache.extend(self, x, memory) if memory else x) + self.bias.astype(x.dtype)
+        return self.convolve(cache.extend(self, x, memory) if memory else x, cache.rows) + self.bias.astype(x.dtype)
 
     def after(self, norm: "RMSNorm", x: mx.array, cache: FeatureCache, bias: mx.array | None = None) -> mx.array:
         """This convolution, without its bias, of silu(norm(x + bias))."""
@@ -171,20 +174,23 @@ class CausalConv3d(Cached):
         if cache.streaming and vae_passes.has_kernels(x):
             before = cache.recall(self)
             padded, cache.frames[id(self)] = vae_passes.norm_silu(x, bias, norm.gamma, before, memory)
-            return self.convolve(padded)
+            return self.convolve(padded, cache.rows)
         x = _silu(norm(x if bias is None else x + bias.astype(x.dtype)))
-        return self.convolve(cache.extend(self, x, memory))
+        return self.convolve(cache.extend(self, x, memory), cache.rows)
 
-    def convolve(self, x: mx.array) -> mx.array:
+    def convolve(self, x: mx.array, rows: Rows | None = None) -> mx.array:
         """The convolution without its bias, over frames the caller has put in front."""
         out_dim, kt, kh, kw, _ = self.weight.shape
         b, t, h, w, _ = x.shape
+        padding = kh // 2, kw // 2
+        if rows is not None and kh > 1:
+            x, padding = rows.border(x), (0, kw // 2)
         _check_size(b * ((t - kt) // self.stride_t + 1) * h * w * out_dim)
         if target() == "CUDA" and (b, kt, self.stride_t) == (1, 3, 1) and x.shape[-1] == out_dim <= FEW_CHANNELS:
             frames = (x[:, i : t - kt + i + 1].reshape(-1, *x.shape[2:]) for i in range(kt))
-            parts = [mx.conv2d(f, self.weight[:, i], padding=kh // 2) for i, f in enumerate(frames)]
+            parts = [mx.conv2d(f, self.weight[:, i], padding=padding) for i, f in enumerate(frames)]
             return (parts[0] + parts[1] + parts[2])[None]
-        return mx.conv3d(x, self.weight, stride=(self.stride_t, 1, 1), padding=(0, kh // 2, kw // 2))
+        return mx.conv3d(x, self.weight, stride=(self.stride_t, 1, 1), padding=(0, *padding))
 
 
 _silu = SiLU()
@@ -235,8 +241,11 @@ class AttentionBlock(Cached):
         self.proj = Conv2d(dim, dim, 1)
 
     def __call__(self, x: mx.array, cache: FeatureCache) -> mx.array:
-        b, t, h, w, c = x.shape
-        q, k, v = mx.split(self.to_qkv(self.norm(x)).reshape(b * t, 1, h * w, 3 * c), 3, axis=-1)
+        b, t, *_, c = x.shape
+        q, k, v = mx.split(self.to_qkv(self.norm(x)), 3, axis=-1)
+        if cache.rows is not None:
+            k, v = cache.rows.gather(k), cache.rows.gather(v)
+        q, k, v = (a.reshape(b * t, 1, -1, c) for a in (q, k, v))
         out = mx.fast.scaled_dot_product_attention(q, k, v, scale=c**-0.5)
         return x + self.proj(out.reshape(x.shape))
 
@@ -311,11 +320,12 @@ class Upsample(Cached):
     def double(self, x: mx.array, cache: FeatureCache, shortcut: mx.array | None = None, factor_t: int = 1) -> mx.array:
         """Twice the rows and columns of x, and the unfolded channels of `shortcut` on top (`duplicate_up`)."""
         conv = cast(Conv2d, self.resample[1])
-        b, t, h, w, c = x.shape
+        b, t, h, w, _ = x.shape
         out_dim = conv.weight.shape[0]
         _check_size(b * t * 4 * h * w * out_dim)
         weight = cache.once(conv, lambda: vae_passes.phase_weights(conv.weight))
-        y = mx.conv2d(x.reshape(b * t, h, w, c), weight, padding=1)
+        x, padding = (x, 1) if cache.rows is None else (cache.rows.border(x), (0, 1))
+        y = mx.conv2d(x.reshape(b * t, *x.shape[2:]), weight, padding=padding)
         y = y.reshape(b, t, h + 1, w + 1, 4 * out_dim)
         if cache.streaming and vae_passes.has_kernels(y):
             return vae_passes.interleave(y, conv.bias, shortcut, factor_t)
@@ -474,16 +484,16 @@ class WanVAE(nn.Module):
             mx.eval(latents, cache.arrays())
             yield latents
 
-    def stream_decode(self, latents: mx.array, frugal: bool = False) -> Iterator[mx.array]:
+    def stream_decode(self, latents: mx.array, frugal: bool = False, rows: Rows | None = None) -> Iterator[mx.array]:
         """Video in pieces of 1, 4, 4, … frames (B, ·, H, W, 3) in [-1, 1], each evaluated; memory stays constant.
 
-        frugal: see `FeatureCache`.
+        frugal, rows: see `FeatureCache`; pieces are of these rows.
 
         Raises ValueError for latents of another shape than in `decode`.
         """
         _check_floats(latents, "latents", self.config.z_dim)
-        latents = mx.array(latents)
-        cache = FeatureCache(streaming=True, frugal=frugal)
+        latents = mx.array(latents) if rows is None else rows.take(mx.array(latents))
+        cache = FeatureCache(streaming=True, frugal=frugal, rows=rows)
         for i in range(latents.shape[1]):
             piece = clipped(self.pixels(self.denormalise(latents[:, i : i + 1]), cache))
             mx.eval(piece, cache.arrays())
