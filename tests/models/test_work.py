@@ -45,7 +45,7 @@ def test_a_block_passes_eight_times_over_its_tokens(monkeypatch):
 
     monkeypatch.setattr(fused, "target", lambda: "CUDA")
     monkeypatch.setattr(fused, "KERNELS", {plain: counted(plain) for plain in fused.KERNELS})
-    fused.with_plain_gradient.cache_clear()
+    fused.differentiable.cache_clear()
     model, x = transformer(1, mx.bfloat16), latents()
     text = model.read(CONTEXT)
     block = ["norm", "rms", "rms", "add_norm", "rms", "add_norm", "gelu", "add"]
@@ -53,7 +53,7 @@ def test_a_block_passes_eight_times_over_its_tokens(monkeypatch):
         passes.clear()
         mx.eval(model(x, mx.array([500.0]), text))
         assert Counter(passes) == Counter(block + ["norm"] + ["rms"] * first), "and the head's norm"
-    fused.with_plain_gradient.cache_clear()
+    fused.differentiable.cache_clear()
 
 
 @pytest.mark.parametrize(("groups", "most"), [(1, 253), (3, 258)])

@@ -2,21 +2,19 @@
 
 A token's row is read once and written once. On CUDA that takes kernels of our own, since MLX's norms and its fused
 element-wise operations are separate passes; elsewhere, and while a graph is traced for `memory`, the same is written
-in plain MLX. Both compute in float32, and the gradient is always that of the plain form.
+in plain MLX. Both compute in float32. `fused_gradients` has the way back.
 """
 
 import math
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, cast
 
 import mlx.core as mx
 
-from . import layers
+from . import fused_gradients, layers
 from .layers import cuda_kernel, is_traced, target
-
-Arrays = tuple[mx.array, ...]
-
+from .row_kernels import HEADER, Arrays, launch
 
 # --- plain MLX ---------------------------------------------------------------------------------------------------
 
@@ -65,42 +63,6 @@ def _plain_gelu(x: mx.array) -> Arrays:
 # --- CUDA --------------------------------------------------------------------------------------------------------
 
 # One block of threads works on one token. `place` is the token's own in its sample.
-_HEADER = """
-template <typename T, int N>
-struct alignas(sizeof(T) * N) RowPack { T at[N]; };
-
-template <int N, typename T>
-__device__ inline void load_row(const T* from, float* to) {
-  RowPack<T, N> pack = *reinterpret_cast<const RowPack<T, N>*>(from);
-#pragma unroll
-  for (int i = 0; i < N; i++) to[i] = static_cast<float>(pack.at[i]);
-}
-
-template <int N, typename T>
-__device__ inline void store_row(T* to, const float* from) {
-  RowPack<T, N> pack;
-#pragma unroll
-  for (int i = 0; i < N; i++) pack.at[i] = static_cast<T>(from[i]);
-  *reinterpret_cast<RowPack<T, N>*>(to) = pack;
-}
-
-template <int THREADS>
-__device__ inline float block_sum(float value, float* partial) {
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(0xffffffffu, value, step);
-  if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = value;
-  __syncthreads();
-  value = 0;
-#pragma unroll
-  for (int i = 0; i < THREADS / 32; i++) value += partial[i];
-  return value;
-}
-
-__device__ inline long long table_row(int sample, int place, int length, int samples, int groups) {
-  return (samples == 1 ? 0 : (long long)sample) * groups + (long long)place * groups / length;
-}
-"""
-
 _ROW_SOURCE = """
   __shared__ float sums[THREADS / 32], squares[THREADS / 32];
   const int length = x_shape[1], sample = blockIdx.x / length, place = blockIdx.x % length;
@@ -225,13 +187,6 @@ _GELU_SOURCE = """
 """
 
 
-def _threads(width: int, vector: int) -> tuple[int, int]:
-    """Threads for a row of `width` values, `vector` at a time, and how many times each has its turn."""
-    vectors = width // vector
-    turns = math.ceil(vectors / 512)
-    return 32 * math.ceil(vectors / turns / 32), turns
-
-
 def _launch(
     name: str,
     inputs: dict[str, mx.array],
@@ -241,24 +196,10 @@ def _launch(
     vector: int,
     **constants: int,
 ) -> Arrays:
-    """Runs a kernel whose first input is x (B, L, C) and all of whose outputs have that shape."""
+    """Runs a kernel whose first input is x (B, L, C), all of whose outputs have that shape, a block for each token."""
     x = next(iter(inputs.values()))
-    width = x.shape[-1]
-    threads, parts = _threads(width, vector)
-    # The kernel's text says all that its name does not: MLX tells kernels apart by both.
-    source = f"  constexpr float EPS = {eps!r}f;\n{source}"
-    kernel = cuda_kernel(name, tuple(inputs), tuple(outputs), source, _HEADER)
-    template = {"WIDTH": width, "THREADS": threads, "PARTS": parts, **constants}
-    return tuple(
-        kernel(
-            inputs=list(inputs.values()),
-            template=list(template.items()),
-            grid=(x.size // width * threads, 1, 1),
-            threadgroup=(threads, 1, 1),
-            output_shapes=[x.shape] * len(outputs),
-            output_dtypes=list(outputs.values()),
-        )
-    )
+    made = {output: (x.shape, dtype) for output, dtype in outputs.items()}
+    return launch(name, inputs, made, source, eps, vector, blocks=x.size // x.shape[-1], **constants)
 
 
 def _row_source(add: bool = False, gate: bool = False, norm: bool = False) -> str:
@@ -292,7 +233,7 @@ def _cuda_rms(eps: float, dtype: mx.Dtype, num_heads: int, x: mx.array, weight: 
 
 
 def _cuda_gelu(x: mx.array) -> Arrays:
-    kernel = cuda_kernel("gelu", ("x",), ("y",), _GELU_SOURCE, _HEADER)
+    kernel = cuda_kernel("gelu", ("x",), ("y",), _GELU_SOURCE, HEADER)
     (y,) = kernel(
         inputs=[x.reshape(-1, x.shape[-1])],
         template=[("THREADS", 256)],
@@ -315,19 +256,31 @@ KERNELS: dict[Callable[..., Arrays], Callable[..., Arrays]] = {
 }
 
 
+# (*fixed, primals, cotangents, outputs) -> gradients of the primals.
+GRADIENTS: dict[Callable[..., Arrays], Callable[..., Arrays]] = {
+    _plain_norm: fused_gradients.norm,
+    _plain_add: fused_gradients.add,
+    _plain_add_norm: fused_gradients.add_norm,
+    _plain_rms: fused_gradients.rms,
+    _plain_gelu: fused_gradients.gelu,
+}
+
+
 @lru_cache
-def with_plain_gradient(
-    kernel: Callable[..., Arrays], plain: Callable[..., Arrays], *fixed: Any
+def differentiable(
+    kernel: Callable[..., Arrays], gradient: Callable[..., Arrays], *fixed: Any
 ) -> Callable[..., Arrays]:
-    """kernel(*fixed, *arrays), differentiated as plain(*fixed, *arrays)."""
+    """kernel(*fixed, *arrays), whose gradient is gradient(*fixed, arrays, cotangents, results)."""
 
     @mx.custom_function
     def run(*arrays: mx.array) -> Arrays:
         return kernel(*fixed, *arrays)
 
     @run.vjp
-    def run_vjp(primals: Arrays, cotangents: Arrays, _: Arrays) -> Arrays:
-        return tuple(mx.vjp(partial(plain, *fixed), list(primals), list(cotangents))[1])
+    def run_vjp(primals: Arrays | mx.array, cotangents: Arrays, outputs: Arrays) -> Arrays:
+        # MLX hands a single argument over as itself.
+        arrays = (primals,) if isinstance(primals, mx.array) else tuple(primals)
+        return gradient(*fixed, arrays, tuple(cotangents), tuple(outputs))
 
     return cast(Callable[..., Arrays], run)
 
@@ -338,7 +291,7 @@ def _run(plain: Callable[..., Arrays], fixed: tuple[Any, ...], *arrays: mx.array
         return plain(*fixed, *arrays)
     if is_traced():
         return KERNELS[plain](*fixed, *arrays)
-    return with_plain_gradient(KERNELS[plain], plain, *fixed)(*arrays)
+    return differentiable(KERNELS[plain], GRADIENTS[plain], *fixed)(*arrays)
 
 
 def norm(x: mx.array, gain: mx.array, shift: mx.array, eps: float, dtype: mx.Dtype) -> mx.array:
