@@ -27,7 +27,6 @@ import os
 from functools import partial
 
 import numpy as np
-from mlx import nn
 from mlx.utils import tree_flatten
 
 from mlx_wan import backend
@@ -242,8 +241,10 @@ def decode(world: mx.distributed.Group, small: bool) -> None:
     """Seconds of a piece (four frames) of the 5B's decoder alone and with rows shared, and how far frames are apart."""
     dtype, channels = backend.vae_dtype(backend.default_dtype()), 48
     sizes = {"dim": 8, "dec_dim": 16} if small else {}
+    mx.random.seed(0)  # the same values in every rank
     vae = WanVAE22(VAEConfig(**sizes, latents_mean=(0.0,) * channels, latents_std=(1.0,) * channels))
-    draw(vae, dtype)
+    vae.set_dtype(dtype)
+    mx.eval(vae.parameters())
     latents = mx.random.normal((1, 6, 8, 8, channels) if small else (1, 6, 44, 80, channels), key=mx.random.key(1))
     want, alone = None, 0.0
     for name, parallel in (("alone", ALONE), ("rows shared", Parallel(world, world.size()))):
@@ -263,12 +264,11 @@ def decode(world: mx.distributed.Group, small: bool) -> None:
             print(f"decoder, {dtype}, {name}: {seconds:.3f} s a piece, {peak}, {how}", flush=True)
 
 
-def draw(model: nn.Module, dtype: mx.Dtype) -> None:
+def draw(model: WanTransformer, dtype: mx.Dtype) -> None:
     """Fills a model with the same random values in every rank, one tensor after the other."""
     for i, (name, array) in enumerate(tree_flatten(model.parameters())):
         kept = any(part in name for part in FLOAT32_PARAMETERS)
-        norm = "norm" in name or "gamma" in name
-        value = mx.ones(array.shape) if norm else 0.02 * mx.random.normal(array.shape, key=mx.random.key(i))
+        value = mx.ones(array.shape) if "norm" in name else 0.02 * mx.random.normal(array.shape, key=mx.random.key(i))
         value = value.astype(mx.float32 if kept else dtype)
         mx.eval(value)
         model.load_weights([(name, value)], strict=False)
