@@ -22,8 +22,8 @@ import mlx.core as mx  # isort: skip
 import numpy as np
 from PIL import Image
 
+from mlx_wan.conditioning import to_uint8
 from mlx_wan.errors import UserError, WanError
-from mlx_wan.pipeline import to_uint8
 from mlx_wan.training.captions import heldout_prompts, names_background
 from mlx_wan.training.judge import judge, summarise
 from mlx_wan.training.scenes import encode_scenes, render

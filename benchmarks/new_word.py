@@ -12,9 +12,12 @@ Recipe: recipes/new-word.yaml.
 
 import argparse
 import json
+import os
 import random
 import sys
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,12 +26,13 @@ import mlx_wan  # noqa: F401  first: it chooses the BLAS before mlx.core is load
 import mlx.core as mx  # isort: skip
 import numpy as np
 
+from mlx_wan.conditioning import to_uint8
 from mlx_wan.errors import WanError
 from mlx_wan.outputs import open_output
-from mlx_wan.pipeline import WanPipeline, to_uint8
+from mlx_wan.pipeline import WanPipeline
+from mlx_wan.training.adherence import judge_clips, judges, make_clips
 from mlx_wan.training.captions import caption
 from mlx_wan.training.finetune import run
-from mlx_wan.training.judge import judge
 from mlx_wan.training.plan import make_plan
 from mlx_wan.training.recipe import read_recipe
 from mlx_wan.training.scenes import encode_scenes, render
@@ -42,23 +46,25 @@ CLIPS, OLD = 40, 20  # of the clips so many show old colours
 RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "new-word.yaml"
 WAYS = {"lora": None, "qlora": 4}  # bits of the model that is trained
 RATES = ("colour", "shape", "motion", "all")
+Told = tuple[str, Scene]  # a prompt, and what it tells of
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Teach a model of the little world a new word, and judge it.")
     parser.add_argument("folder", type=Path, help="where clips, models and adapters go")
-    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--model", default=os.environ.get("MODEL", "tiny"), help="$MODEL, or the embedded one")
     parser.add_argument("--ways", nargs="+", choices=tuple(WAYS), default=tuple(WAYS))
-    parser.add_argument("--prompts", type=int, default=60, help="with the new word; twice as many with the old ones")
+    parser.add_argument("--prompts", type=int, default=200, help="with the new word, and as many with the old ones")
     parser.add_argument("--clips", type=int, default=CLIPS)
-    parser.add_argument("--group-size", type=int, help="of the model in 4 bits")
+    parser.add_argument("--group-size", type=int, default=32, help="of the model in 4 bits; must divide its widths")
     parser.add_argument("--iters", type=int, help="of training, instead of the recipe's")
     parser.add_argument("--set", nargs=2, action="append", default=[], metavar=("KEY", "VALUE"), help="of the recipe")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     COLOURS[WORD] = RGB  # for drawing and judging; the model's own world had no such colour
     try:
-        report = teach(args)
+        with judges() as pool:
+            report = teach(args, pool)
     except WanError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -66,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def teach(args) -> dict:
+def teach(args, pool: Executor | None) -> dict[str, dict[str, float]]:
     """Everything in turn; each set of rates is printed as it is there."""
     model = locate(args.model).folder
     rng = random.Random(args.seed)
@@ -74,19 +80,20 @@ def teach(args) -> dict:
     clips = [new_scene(rng, shown) for _ in range(args.clips - args.clips * OLD // CLIPS)]
     clips += [sample_scene(rng, held_out=False, count=1) for _ in range(args.clips - len(clips))]
     new = [(caption(scene, rng), scene) for scene in (new_scene(rng, asked) for _ in range(args.prompts))]
-    old = [sample_scene(rng, held_out=True, count=1) for _ in range(2 * args.prompts)]
+    old = [sample_scene(rng, held_out=True, count=1) for _ in range(args.prompts)]
     old = [(caption(scene, rng), scene) for scene in old]
     pipe, report = WanPipeline.from_pretrained(model), {}
     data = args.folder / "clips"
     draw(data, clips, rng, pipe)
 
-    def say(name: str, found: dict[str, float]) -> None:
-        report[name] = found
-        print(f"{name:34}" + "  ".join(f"{key} {found[key]:6.1%}" for key in RATES), flush=True)
+    def say(name: str, told: list[Told], make: Callable[[WanPipeline, list[Told]], Iterator[np.ndarray]]) -> None:
+        verdicts = judge_clips(make(pipe, told), [scene for _, scene in told], pool)
+        report[name] = {key: float(np.mean([verdict[key] for verdict in verdicts])) for key in RATES}
+        print(f"{name:34}" + "  ".join(f"{key} {report[name][key]:6.1%}" for key in RATES), flush=True)
 
-    say("ivory clips through the VAE", rates(pipe, new[:16], through_vae))
-    say("before, new word", rates(pipe, new, generate))
-    say("before, old words", rates(pipe, old, generate))
+    say("ivory clips through the VAE", new[:16], through_vae)
+    say("before, new word", new, generated)
+    say("before, old words", old, generated)
     for way in args.ways:
         base = model
         if (bits := WAYS[way]) is not None:
@@ -96,10 +103,10 @@ def teach(args) -> dict:
         print(f"{way}: trained in {time.perf_counter() - begin:.0f} s", flush=True)
         pipe = WanPipeline.from_pretrained(base)
         if bits is not None:
-            say(f"before, over {bits} bits, old words", rates(pipe, old, generate))
+            say(f"before, over {bits} bits, old words", old, generated)
         pipe.load_lora_weights(adapters)
-        say(f"{way}, new word", rates(pipe, new, generate))
-        say(f"{way}, old words", rates(pipe, old, generate))
+        say(f"{way}, new word", new, generated)
+        say(f"{way}, old words", old, generated)
     return report
 
 
@@ -146,19 +153,17 @@ def print_row(row: dict[str, float]) -> None:
     print(f"  step {row['step']}: loss {row['loss']:.4f}, {row['clips_per_s']:.1f} clips/s", flush=True)
 
 
-def through_vae(pipe: WanPipeline, prompt: str, scene: Scene, seed: int) -> np.ndarray:
-    """The true clip, encoded and decoded: the ceiling."""
-    return to_uint8(pipe.vae.decode(pipe.vae.encode(pixels(scene, pipe)))[0])
+def through_vae(pipe: WanPipeline, told: list[Told]) -> Iterator[np.ndarray]:
+    """The true clips, encoded and decoded: the ceiling."""
+    return (to_uint8(pipe.vae.decode(pipe.vae.encode(pixels(scene, pipe)))[0]) for _, scene in told)
 
 
-def generate(pipe: WanPipeline, prompt: str, scene: Scene, seed: int) -> np.ndarray:
-    return pipe(prompt, seed=seed).frames
-
-
-def rates(pipe: WanPipeline, prompts: list[tuple[str, Scene]], make) -> dict[str, float]:
-    """Shares of the clips that show what they were asked for."""
-    verdicts = [judge(make(pipe, prompt, scene, seed), scene) for seed, (prompt, scene) in enumerate(prompts)]
-    return {name: float(np.mean([verdict[name] for verdict in verdicts])) for name in RATES}
+def generated(pipe: WanPipeline, told: list[Told]) -> Iterator[np.ndarray]:
+    """What the model makes of the prompts."""
+    missing = pipe.checkpoint.transformer_config.text_len
+    embeddings = [pipe.encode_prompt(text) for text in (pipe.spec.negative_prompt, *(prompt for prompt, _ in told))]
+    negative, *contexts = (mx.pad(each, [(0, missing - each.shape[0]), (0, 0)])[None] for each in embeddings)
+    return make_clips(pipe.checkpoint, pipe.transformer, pipe.vae, contexts, negative)
 
 
 if __name__ == "__main__":

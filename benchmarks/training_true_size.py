@@ -5,8 +5,9 @@
     python benchmarks/training_true_size.py full                # all weights, 256×256×17, Adafactor
     python benchmarks/training_true_size.py lora --torch        # the same with diffusers' WanTransformer3DModel
 
-One clip a step, bfloat16 beside float32 masters of what is trained (torch: autocast). `--layers 2 --dim 256 --frames 9
---size 64*64` tries the same on a small machine.
+One clip a step, bfloat16 beside float32 masters of what is trained (torch: autocast). MLX hands out memory ahead of its
+work and waits where its limit is passed: `--limits 70 24` measures under one after the other, in GiB. `--layers 2 --dim
+256 --frames 9 --size 64*64` tries the same on a small machine.
 """
 
 import argparse
@@ -28,9 +29,7 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=3072, help="a multiple of 128")
     parser.add_argument("--frames", type=int)
     parser.add_argument("--size", help="HEIGHT*WIDTH")
-    parser.add_argument(
-        "--in-pieces", action="store_true", help="attention's gradients by our pieces, not MLX's kernel"
-    )
+    parser.add_argument("--limits", type=float, nargs="+", default=[70.0], help="of MLX's memory, GiB")
     args = parser.parse_args()
     frames, size = DEFAULTS[args.what]
     height, width = map(int, args.size.split("*")) if args.size else size
@@ -41,11 +40,11 @@ def main() -> None:
         (torch_steps if args.torch else mlx_steps)(args, shape)
 
 
-def report(args, shape, seconds: list[float], peak: float, loss: float) -> None:
+def report(args, shape, seconds: list[float], peak: float, loss: float, limit: float = 0) -> None:
     tokens = shape[1] * shape[2] * shape[3] // 4
-    median = statistics.median(seconds)
+    median, side = statistics.median(seconds), "torch" if args.torch else f"mlx below {limit:g} GiB"
     print(
-        f"{args.what}, {'torch' if args.torch else 'mlx'}, {args.layers} layers of {args.dim}, {tokens} tokens: "
+        f"{args.what}, {side}, {args.layers} layers of {args.dim}, {tokens} tokens: "
         f"{median:.3f} s a step ({1 / median:.2f} steps/s; {min(seconds):.3f} to {max(seconds):.3f}), "
         f"peak {peak / 2**30:.2f} GiB, loss {loss:.3f}",
         flush=True,
@@ -64,7 +63,7 @@ def mlx_steps(args, shape) -> None:
     from mlx_wan.training.options import FinetuneRecipe
     from mlx_wan.training.trainer import TrainConfig, Trainer
 
-    mx.set_memory_limit(min(mx.device_info().get("total_memory", 70 << 30), 70 << 30))
+    mx.set_memory_limit(int(args.limits[0] * 2**30))
     mx.set_cache_limit(4 << 30)
     config = TransformerConfig(
         dim=args.dim, ffn_dim=args.dim * 14 // 3, num_heads=args.dim // 128, num_layers=args.layers
@@ -96,19 +95,23 @@ def mlx_steps(args, shape) -> None:
         compute_dtype="bfloat16",
         compile=False,
     )
-    seconds = []
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(model, loss, settings, Path(folder), FLOAT32_PARAMETERS)
-        for step in range(WARM + TIMED):
-            if step == WARM:
-                mx.reset_peak_memory()
+
+        def step() -> tuple[float, float]:
             start = time.perf_counter()
             numbers = trainer.advance(lambda _: {"latents": latents, "context": context, "noise": noise})
             mx.eval(numbers, model.trainable_parameters(), trainer.optimizer.state)
-            seconds.append(time.perf_counter() - start)
-            if step < WARM:
-                print(f"step {step}: {seconds[-1]:.1f} s, peak {mx.get_peak_memory() / 2**30:.1f} GiB", flush=True)
-    report(args, shape, seconds[WARM:], mx.get_peak_memory(), numbers["loss"].item())
+            return time.perf_counter() - start, numbers["loss"].item()
+
+        for limit in args.limits:
+            mx.set_memory_limit(int(limit * 2**30))
+            mx.clear_cache()
+            for i in range(WARM):
+                print(f"step {i}: {step()[0]:.1f} s, peak {mx.get_peak_memory() / 2**30:.1f} GiB", flush=True)
+            mx.reset_peak_memory()
+            rows = [step() for _ in range(TIMED)]
+            report(args, shape, [row[0] for row in rows], mx.get_peak_memory(), rows[-1][1], limit)
 
 
 def torch_steps(args, shape) -> None:

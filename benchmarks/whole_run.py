@@ -29,6 +29,7 @@ from mlx.utils import tree_flatten
 
 from mlx_wan import backend
 from mlx_wan.cli.request import parse_size
+from mlx_wan.memory.limits import limit_memory
 from mlx_wan.memory.plan import Dimensions, Plan, Setting, choose, gib, make_vae
 from mlx_wan.models.transformer import WanTransformer
 from mlx_wan.models.umt5 import UMT5Encoder
@@ -84,8 +85,7 @@ def measure(
     written = time.perf_counter() - start
     checkpoint = locate(folder)
     plan = choose(Dimensions.of_checkpoint(checkpoint), setting, backend.device_name(), memory)
-    if 0 < plan.limit < mx.get_memory_limit():
-        mx.set_memory_limit(plan.limit)
+    limit_memory(plan)
     stages = run(checkpoint, plan, setting, steps, shift)
     planned = {STAGES.get(stage.name, stage.name): stage.peak for stage in plan.stages}
     for name, stage in stages.items():

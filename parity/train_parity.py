@@ -10,18 +10,21 @@
     uv run python parity/train_parity.py mlx runs/parity           # this package's Trainer
     uv run parity/train_parity.py torch runs/parity                # diffusers' WanTransformer3DModel, torch's AdamW
     uv run python parity/train_parity.py compare runs/parity --plot docs/images/train_parity.png
+    uv run python parity/train_parity.py judge runs/parity         # what clips of both show, of what they were told
 
 Both sides read the same initial weights and clips, and draw order, noise, timesteps, dropped captions and given first
 frames of a step from the same NumPy generator. The model has the dimensions of the embedded one and starts from its
 initialisation; the clips are drawn, encoded by the embedded VAE and text encoder. On a GPU `prepare --steps 2000
 --batch 64 --clips 4096 --val-clips 256`, and MLX_ENABLE_TF32=0 for the float32 products that torch makes by default;
-`mlx --dtype bfloat16` and `torch --dtype bfloat16` (autocast there) for mixed precision. `compare --export` writes both
-results as whole models beside the log, for benchmarks/adherence.py.
+`mlx --dtype bfloat16` and `torch --dtype bfloat16` (autocast there) for mixed precision. `judge` makes clips of the
+same prompts from the same noise with both results, here, and counts those that show what they should.
 """
 
 import argparse
 import json
+import random
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +44,18 @@ def sampled(settings, data, step):
     sigmas = (shift * u / (1 + (shift - 1) * u)).astype(np.float32)
     noise = rng.standard_normal(data["latents"][index].shape, dtype=np.float32)
     return data["latents"][index], contexts, noise, sigmas, rng.random(batch) < 0.2
+
+
+class Ahead:
+    """`sampled` of steps that are asked for in order: the next one is made meanwhile, so that neither side waits."""
+
+    def __init__(self, settings, data):
+        self.make, self.pool, self.coming = lambda step: sampled(settings, data, step), ThreadPoolExecutor(1), {}
+
+    def __call__(self, step):
+        now = self.coming.pop(step, None) or self.pool.submit(self.make, step)
+        self.coming = {step + 1: self.pool.submit(self.make, step + 1)}
+        return now.result()
 
 
 def validation(settings, data):
@@ -74,23 +89,14 @@ class Log:
 # --- the data --------------------------------------------------------------------------------------------------------
 
 
-def prepare(args):
-    import mlx_wan  # noqa: F401  before mlx.core: it chooses the BLAS
+def embedder(checkpoint):
+    """texts -> (n, text_len, text_dim), NumPy, zeros after each text."""
+    import mlx.core as mx
 
-    import mlx.core as mx  # isort: skip
-    from dataclasses import asdict
-
-    import safetensors.numpy
-    from mlx.utils import tree_flatten
-
-    from mlx_wan.models.transformer import WanTransformer
-    from mlx_wan.models.vae22 import FeatureCache
     from mlx_wan.text import Tokenizer
-    from mlx_wan.training.scenes import render, sample_batch
-    from mlx_wan.weights.load import load_text_encoder, load_vae, locate
+    from mlx_wan.weights.load import load_text_encoder
 
-    checkpoint = locate("tiny")
-    spec, vae, config = checkpoint.spec, load_vae(checkpoint), checkpoint.transformer_config
+    config = checkpoint.transformer_config
     encoder, tokenizer = load_text_encoder(checkpoint, mx.float32), Tokenizer(checkpoint.tokenizer, config.text_len)
 
     def contexts(texts):
@@ -103,6 +109,31 @@ def prepare(args):
                 ids = np.concatenate([pairs[row][0][:, :length] for row in part])
                 made[part, :length] = np.array(encoder(mx.array(ids)))
         return made
+
+    return contexts
+
+
+def prepare(args):
+    import mlx_wan  # noqa: F401  before mlx.core: it chooses the BLAS
+
+    import mlx.core as mx  # isort: skip
+    from dataclasses import asdict
+
+    import safetensors.numpy
+    from mlx.utils import tree_flatten
+
+    from mlx_wan.models.transformer import WanTransformer
+    from mlx_wan.models.vae22 import FeatureCache
+    from mlx_wan.training.scenes import render, sample_batch
+    from mlx_wan.weights.load import load_vae, locate
+
+    checkpoint = locate("tiny")
+    spec, vae, config, contexts = (
+        checkpoint.spec,
+        load_vae(checkpoint),
+        checkpoint.transformer_config,
+        embedder(checkpoint),
+    )
 
     def clips(count, held_out):
         rng = np.random.default_rng([args.seed, int(held_out)])
@@ -144,6 +175,7 @@ def run_mlx(args):
 
     import mlx.core as mx  # isort: skip
     import safetensors.numpy
+    from mlx.utils import tree_flatten
 
     from mlx_wan.models.transformer import FLOAT32_PARAMETERS, TransformerConfig, WanTransformer
     from mlx_wan.training.fields import build
@@ -190,11 +222,9 @@ def run_mlx(args):
         return {"val_loss": float(np.mean(np.concatenate([np.array(losses(model, part)) for part in held_out])))}
 
     log({"step": 0, **evaluate(model)})
-    trainer.fit(lambda index: arrays(sampled(settings, data, index)), evaluate, log)
-    state = trainer.model.parameters()
-    from mlx.utils import tree_flatten
-
-    final = {name: np.array(array) for name, array in tree_flatten(state)}
+    batch_at = Ahead(settings, data)
+    trainer.fit(lambda index: arrays(batch_at(index)), evaluate, log)
+    final = {name: np.array(array) for name, array in tree_flatten(trainer.model.parameters())}
     final["patch_embedding.weight"] = np.moveaxis(final["patch_embedding.weight"], -1, 1)
     final = {name: np.ascontiguousarray(array) for name, array in final.items()}
     safetensors.numpy.save_file(final, args.folder / f"mlx-{args.dtype}.safetensors")
@@ -275,12 +305,13 @@ def run_torch(args):
             return {"val_loss": torch.cat([losses(part) for part in held_out]).mean().item()}
 
     log({"step": 0, **evaluate()})
+    batch_at = Ahead(settings, data)
     for step in range(settings["steps"]):
         start = time.perf_counter()
         rate = peak / warmup + (peak - peak / warmup) * step / warmup if step < warmup else peak
         for group in optimizer.param_groups:
             group["lr"] = rate
-        loss = losses(sampled(settings, data, step)).mean()
+        loss = losses(batch_at(step)).mean()
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings["grad_clip"])
@@ -336,8 +367,6 @@ def compare(args):
         print(f"{side:6} {end}, {speed:.1f} clips/s (median step), peak {curves['peak']:.2f} GiB")
     if args.plot:
         plot(sides, args.plot)
-    if args.export:
-        export(args)
 
 
 def plot(sides, path):
@@ -358,29 +387,48 @@ def plot(sides, path):
     figure.savefig(path)
 
 
-def export(args):
+def judge(args):
+    """Rates of both results on the same held-out prompts and noise, and of the difference its standard error."""
     import mlx_wan  # noqa: F401
 
     import mlx.core as mx  # isort: skip
     import safetensors.numpy
 
-    from mlx_wan.training.finetune import export as write
-    from mlx_wan.weights.load import load_transformer, locate
+    from mlx_wan.training.adherence import judge_clips, judges, make_clips
+    from mlx_wan.training.captions import caption
+    from mlx_wan.training.world import sample_scene
+    from mlx_wan.weights.load import load_transformer, load_vae, locate
 
-    checkpoint = locate("tiny")
+    checkpoint, rng = locate("tiny"), random.Random(args.seed)
+    vae, contexts = load_vae(checkpoint), embedder(checkpoint)
+    scenes = [sample_scene(rng, held_out=True, count=1) for _ in range(args.prompts)]
+    texts = [mx.array(each)[None] for each in contexts([caption(scene, rng) for scene in scenes])]
+    negative = mx.array(contexts([checkpoint.spec.negative_prompt]))
+    names, right = ("background", "colour", "shape", "motion", "all"), {}
     for side in ("mlx", "torch"):
         weights = safetensors.numpy.load_file(args.folder / f"{side}-{args.dtype}.safetensors")
         weights["patch_embedding.weight"] = np.moveaxis(weights["patch_embedding.weight"], 1, -1)
         model = load_transformer(checkpoint, mx.float32)
         model.load_weights([(name, mx.array(array)) for name, array in weights.items()], strict=True)
-        write(model, checkpoint, mx.float32, args.folder / f"{side}-model")
-        print(f"saved {args.folder / f'{side}-model'}")
+        with judges() as pool:
+            clips = make_clips(checkpoint, model, vae, texts, negative, args.seed, args.batch)
+            verdicts = judge_clips(clips, scenes, pool)
+        right[side] = np.array([[verdict[name] for name in names] for verdict in verdicts], np.float64)
+    print(f"clips of {args.prompts} held-out prompts that show what they should")
+    difference = right["mlx"] - right["torch"]
+    errors = difference.std(axis=0) / len(difference) ** 0.5
+    for i, name in enumerate(names):
+        one, other = (right[side][:, i].mean() for side in ("mlx", "torch"))
+        print(
+            f"{name:11} mlx {one:6.1%}, torch {other:6.1%}: {100 * (one - other):+.1f} points ± {100 * errors[i]:.1f}"
+        )
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, dest="command")
-    for name, function in (("prepare", prepare), ("mlx", run_mlx), ("torch", run_torch), ("compare", compare)):
+    sides = {"prepare": prepare, "mlx": run_mlx, "torch": run_torch, "compare": compare, "judge": judge}
+    for name, function in sides.items():
         command = commands.add_parser(name)
         command.add_argument("folder", type=Path)
         command.set_defaults(function=function)
@@ -397,7 +445,10 @@ def main():
             command.add_argument("--compile", action="store_true", help="the whole step; takes minutes on CUDA")
         if name == "compare":
             command.add_argument("--plot", type=Path)
-            command.add_argument("--export", action="store_true")
+        if name == "judge":
+            command.add_argument("--prompts", type=int, default=200)
+            command.add_argument("--batch", type=int, help="clips that are made together")
+            command.add_argument("--seed", type=int, default=1000)
     args = parser.parse_args()
     args.function(args)
 

@@ -76,6 +76,11 @@ def frame_to_image(frame: np.ndarray) -> Image.Image:
     return Image.fromarray(np.rint((np.clip(frame[0, 0], -1, 1) + 1) * 127.5).astype(np.uint8))
 
 
+def to_uint8(video: mx.array) -> np.ndarray:
+    """Pixels in [-1, 1] to uint8 0-255, rounded."""
+    return np.array(mx.round((mx.clip(video, -1, 1) + 1) * 127.5).astype(mx.uint8))
+
+
 def cropped(image: Image.Image, width: int, height: int, step: int) -> Image.Image:
     """The picture itself if the size has its shape but for less than `step` pixels, as all that the official rule makes
     of it have; else the largest part of that shape about its centre."""

@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_wan import backend
+from mlx_wan.conditioning import to_uint8
 from mlx_wan.errors import CheckpointError, UserError, WanError
 from mlx_wan.lora.fuse import Adapters
 from mlx_wan.lora.words import AdapterWords
@@ -555,8 +556,3 @@ def _check_piece(piece: mx.array, latents: mx.array, index: int) -> None:
             f"piece {index} of the decoded video is one flat colour: the run was stopped; MLX gives zeros where a GPU "
             "runs out of memory: try a smaller size"
         )
-
-
-def to_uint8(video: mx.array) -> np.ndarray:
-    """Pixels in [-1, 1] to uint8 0-255, rounded."""
-    return np.array(mx.round((mx.clip(video, -1, 1) + 1) * 127.5).astype(mx.uint8))

@@ -68,3 +68,55 @@ def test_on_cuda_attention_never_takes_the_gradient_that_loses_the_process(monke
     found = layers.attend(*(a.astype(mx.bfloat16) for a in arrays), num_heads=3, scale=0.5)
     assert bool(made) == pieces
     np.testing.assert_allclose(np.array(found.astype(mx.float32)), np.array(exact), atol=0.03)
+
+
+# --- kernels that are not too long -----------------------------------------------------------------------------
+
+
+def test_attention_of_many_queries_is_several_kernels_of_the_same_values(monkeypatch):
+    q, k, v = (mx.random.normal((2, n, 12), key=mx.random.key(i)) for i, n in enumerate((50, 21, 21)))
+    want, calls = layers.attend(q, k, v, 3, 0.5), []
+    fast = mx.fast.scaled_dot_product_attention
+
+    def counted(q, *args, **kwargs):
+        calls.append(q.shape[2])
+        return fast(q, *args, **kwargs)
+
+    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", counted)
+    monkeypatch.setitem(layers.KERNEL_FLOP, "CPU", 4 * 2 * 8 * 21 * 12)  # of 8 queries of both samples
+    got = layers.attend(q, k, v, 3, 0.5)
+    assert calls == [8] * 6 + [2]
+    np.testing.assert_allclose(np.array(got), np.array(want), rtol=0, atol=1e-6)
+    layers.attend(q, k, v, 3, 0.5, mask=mx.zeros((50, 21)))
+    assert calls[7:] == [50], "the text encoder's is short"
+
+
+@pytest.mark.parametrize("in_pieces", [False, True])
+def test_their_gradients_are_the_same_too(monkeypatch, in_pieces):
+    q, k, v, probe = (mx.random.normal((1, n, 12), key=mx.random.key(i)) for i, n in enumerate((20, 9, 9, 20)))
+
+    def gradients():
+        return mx.grad(lambda *qkv: (layers.attend(*qkv, 3, 0.5, in_pieces=in_pieces) * probe).sum(), (0, 1, 2))(
+            q, k, v
+        )
+
+    want = gradients()
+    monkeypatch.setitem(layers.KERNEL_FLOP, "CPU", 4 * 6 * 9 * 12)
+    for a, b in zip(gradients(), want, strict=True):
+        np.testing.assert_allclose(np.array(a), np.array(b), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("length", "most", "sizes"), [(7, 1, [1] * 7), (7, 30, [3, 3, 1]), (7, 69, [4, 3]), (7, 70, [7])]
+)
+def test_rows_are_taken_so_many_at_a_time(monkeypatch, length, most, sizes):
+    monkeypatch.setitem(layers.KERNEL_FLOP, "CPU", most)
+    seen = []
+    x = mx.arange(length)[None, :, None]
+    out = layers.by_rows(lambda rows: seen.append(rows.shape[1]) or 2 * rows, x, flop=10)
+    assert seen == sizes
+    assert mx.array_equal(out, 2 * x)
+
+
+def test_only_metal_is_watched():
+    assert set(layers.KERNEL_FLOP) == {"Metal"}

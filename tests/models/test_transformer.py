@@ -1,3 +1,6 @@
+import dataclasses
+import math
+
 import cases
 import mlx.core as mx
 import numpy as np
@@ -5,6 +8,10 @@ import pytest
 import small
 from mlx.utils import tree_flatten
 
+from mlx_wan.memory import plan
+from mlx_wan.memory.liveness import trace
+from mlx_wan.memory.plan import Dimensions, Setting
+from mlx_wan.models import layers
 from mlx_wan.models.transformer import (
     FLOAT32_PARAMETERS,
     Control,
@@ -12,6 +19,7 @@ from mlx_wan.models.transformer import (
     WanTransformer,
     timestep_embedding,
 )
+from mlx_wan.weights.quantize import Quantization
 
 GRID = (3, 6, 4)  # latent frames, rows, columns: 3 * 3 * 2 tokens
 
@@ -154,3 +162,39 @@ def test_timesteps_that_do_not_fit(model, inputs, shape):
 def test_contexts_that_do_not_fit(model, inputs, shape):
     with pytest.raises(ValueError, match=r"context .* must be \(2, tokens, 64\)"):
         model(inputs[0], mx.zeros((2,)), mx.zeros(shape))
+
+
+# --- kernels that are not too long -----------------------------------------------------------------------------
+
+
+def test_a_model_of_short_kernels_has_the_same_values(monkeypatch):
+    config = TransformerConfig(**small.VACE)
+    model = WanTransformer(config).eval()
+    latents, context = mx.random.normal((1, 3, 8, 6, config.in_dim)), mx.random.normal((1, 8, config.text_dim))
+    control = Control(mx.random.normal((1, 3, 8, 6, config.vace_in_dim)))
+    call = lambda: model(latents, mx.array([500.0]), context, control=control)  # noqa: E731
+    want = call()
+    monkeypatch.setitem(layers.KERNEL_FLOP, "CPU", 2**16)  # a few tokens
+    np.testing.assert_allclose(np.array(call()), np.array(want), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_no_kernel_of_a_large_model_takes_long_on_metal(bits):
+    """T2V-A14B, 1280x720, 81 frames: 75,600 tokens, of which one product would be 10.7 TFLOP, attention 117."""
+    model = dataclasses.replace(Dimensions.of_release("t2v-A14B"), quantization=bits and Quantization(bits))
+    config = dataclasses.replace(model.transformer, num_layers=1)
+    module = WanTransformer(config, mx.bfloat16).eval()
+    named = plan._parameters(module, "transformer", model.quantization, mx.bfloat16)
+    setting = Setting(1280, 720, 81, mx.bfloat16)
+
+    def call(*arrays):
+        plan._fill(module, named, arrays)
+        return module(*arrays[len(named) :])
+
+    graph = trace(call, [*(array for _, array in named), *plan.transformer_inputs(model, setting)], "Metal")
+    work = []
+    for operation in graph.operations:
+        if operation.name in ("Matmul", "AddMM"):
+            (_, columns), out = graph.shapes[operation.inputs[0]][-2:], graph.shapes[operation.outputs[0]]
+            work.append(2 * columns * math.prod(out))
+    assert 0.9 * layers.KERNEL_FLOP["Metal"] < max(work) <= 1.01 * layers.KERNEL_FLOP["Metal"]

@@ -3,7 +3,9 @@
 import json
 import shutil
 import socket
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import checkpoint
 import numpy as np
@@ -14,6 +16,7 @@ from PIL import Image, ImageSequence
 
 import mlx_wan
 from mlx_wan.cli.main import main
+from mlx_wan.outputs import read_settings
 from mlx_wan.video import VideoWriter, read_video
 
 SIZE = "--size 96*64 --frame_num 9 --sample_solver euler"
@@ -173,6 +176,34 @@ def test_two_processes_make_a_batch_and_its_previews(folder, tmp_path):
 def picture_frames(path):
     with Image.open(path) as file:
         return [np.asarray(frame.convert("RGB")).astype(int) for frame in ImageSequence.Iterator(file)]
+
+
+def test_the_first_process_asks_a_language_model_for_both(folder, tmp_path, monkeypatch):
+    """The second has neither key nor address; both must make the video of the extended prompt."""
+    asked, path = [], tmp_path / "two.webp"
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            answer = json.dumps({"choices": [{"message": {"content": "two rich cats"}}]}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{server.server_port}/v1")
+        extend = "--use_prompt_extend --prompt_extend_method openai --prompt_extend_model m"
+        flags = f"--sample_steps 1 --seed 3 --ulysses_size 2 --codec lossless {extend}"
+        both = line(folder, path, flags)
+        bare = "import os, sys; del os.environ['OPENAI_BASE_URL']; from mlx_wan.cli.main import main; sys.exit(main())"
+        results = ranks.finish(ranks.start(tmp_path, 2, both, {1: ["-c", bare, *both[2:]]}))
+        server.shutdown()
+    assert [code for code, *_ in results] == [0, 0], results
+    assert len(asked) == 1
+    facts = read_settings(path)
+    assert (facts["prompt"], facts["given_prompt"]) == ("two rich cats", "two cats")
 
 
 def test_two_processes_make_a_longer_video(folder, tmp_path):

@@ -39,6 +39,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> None:
+    from mlx_wan.memory.limits import limit_memory
     from mlx_wan.speed import check, measure, planned
 
     for flag in ("repeat", "pieces"):
@@ -50,6 +51,7 @@ def run(args: argparse.Namespace) -> None:
     memory = sys.maxsize if args.ignore_plan else backend.usable_memory()
     check(model, setting, parts, args.pieces, backend.device_name(), memory)
     sizes = planned(model, setting, args.pieces, backend.device_name(), backend.usable_memory())
+    limit_memory()
     about, rows = facts(model, setting), []
     if not args.json:
         print(_head(about), flush=True)

@@ -23,7 +23,7 @@ class Previews:
         """texts: embedding (1, text_len, text_dim) of each prompt and of the model's negative prompt."""
         import mlx.core as mx
 
-        from mlx_wan.pipeline import to_uint8
+        from mlx_wan.conditioning import to_uint8
         from mlx_wan.video import write_sheet
         from mlx_wan.weights.load import load_vae
 

@@ -34,7 +34,7 @@ def check_flags(args: argparse.Namespace) -> None:
     for flag in ("image", "last_frame", "save_file", "ckpt_dir", "text_cache", *sources.FLAGS[:3], *FILES):
         if getattr(args, flag) == "":  # an unset variable of a script: no reason to do something else silently
             raise UserError(f"--{flag} is empty; give a name, or leave the flag out")
-    if args.use_prompt_extend:
+    if args.use_prompt_extend and args.crew.is_first:  # who asks, for all
         from mlx_wan.prompting.extend import check
 
         check(args.prompt_extend_method, args.prompt_extend_model, args.prompt, args.image)
@@ -161,11 +161,16 @@ def free_name(prompt: str, model: str, options: dict[str, Any], taken: "set[Path
 def low_memory(args: argparse.Namespace, checkpoint: "Checkpoint", options: dict[str, Any]) -> bool | None:
     """Whether parts have to leave memory on the way, None to let the pipeline decide; UserError if the run cannot fit.
 
+    MLX's limits are set for that.
+
     The planner knows of one process with whole parts. Where weights are spread over several, only they are counted.
     """
+    from mlx_wan.memory.limits import limit_memory
+
     parallel = args.crew.parallel
     if min(parallel.share_of_transformer, parallel.share_of_text_encoder) < 1:
         _check_memory(checkpoint, args.dtype, args.keep_both_experts, parallel)
+        limit_memory()
         return None
     import mlx.core as mx
 
@@ -181,8 +186,7 @@ def low_memory(args: argparse.Namespace, checkpoint: "Checkpoint", options: dict
     setting = Setting(*size, dtype, pictures, keep_both_experts=both, references=references, begins=begins)
     memory = sys.maxsize if args.ignore_plan else backend.usable_memory()
     plan = choose(Dimensions.of_checkpoint(checkpoint), setting, backend.device_name(), memory)
-    if 0 < plan.limit < mx.get_memory_limit():
-        mx.set_memory_limit(plan.limit)
+    limit_memory(plan)
     return plan.low_memory
 
 

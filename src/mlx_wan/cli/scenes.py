@@ -65,7 +65,7 @@ def draw(params: "np.ndarray", size: int) -> "Iterator[np.ndarray]":
     """One clip at a time, uint8 (T, size, size, 3), of scene parameters (B, objects, NUM_PARAMS)."""
     import mlx.core as mx
 
-    from mlx_wan.pipeline import to_uint8
+    from mlx_wan.conditioning import to_uint8
     from mlx_wan.training.scenes import render
 
     for row in params:

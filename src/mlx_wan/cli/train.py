@@ -174,9 +174,11 @@ def finetune(recipe: FinetuneRecipe, args: argparse.Namespace) -> int:
 
 def _finetune(plan: "Plan", resume: bool) -> Path:
     from mlx_wan.cli.previews import Previews
+    from mlx_wan.memory.limits import limit_memory
     from mlx_wan.training.finetune import run
     from mlx_wan.training.trackers import trackers
 
+    limit_memory()
     folder = Path(plan.recipe.adapter_path)
     shown = [Reporter(plan.recipe.iters), *trackers(plan.recipe.report_to, folder)]
 

@@ -3,7 +3,7 @@
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, cast
 
 import mlx.core as mx
@@ -253,6 +253,25 @@ def _loses_the_process(q: mx.array, k: mx.array) -> bool:
     return on_cuda and q.shape[2] % TILE == 0 and k.shape[2] % TILE != 0
 
 
+# The most that one kernel may compute where the system stops a GPU that seems to hang: macOS with a display does, after
+# about five seconds. 0.55 TFLOP are 0.4 s of the slowest Apple silicon (M1, some 1.5 TFLOP/s). Kernels share a command
+# buffer there until they read 40 million elements together, which those of this size do alone (MLX 0.32).
+KERNEL_FLOP = {"Metal": 1 << 39}
+
+
+def by_rows(compute: Callable[[mx.array], mx.array], x: mx.array, flop: float) -> mx.array:
+    """`compute` of x (B, L, C), for as many rows at a time as one kernel may take on this device.
+
+    compute: (B, n, C) -> (B, n, D), each row by itself. flop: of a row in its longest kernel.
+    """
+    batch, length, _ = x.shape
+    count = math.ceil(flop * batch * length / KERNEL_FLOP.get(target(), math.inf))
+    if count < 2:
+        return compute(x)
+    rows = -(-length // min(count, length))
+    return mx.concatenate([compute(x[:, start : start + rows]) for start in range(0, length, rows)], axis=1)
+
+
 def attend(
     q: mx.array,
     k: mx.array,
@@ -273,6 +292,14 @@ def attend(
     Returns:
         (B, Lq, num_heads * head_dim) in q's dtype.
     """
+    run = partial(_attend, k=k, v=v, num_heads=num_heads, scale=scale, mask=mask, in_pieces=in_pieces)
+    return run(q) if mask is not None else by_rows(run, q, 4 * k.shape[1] * q.shape[2])
+
+
+def _attend(
+    q: mx.array, k: mx.array, v: mx.array, num_heads: int, scale: float, mask: mx.array | None, in_pieces: bool
+) -> mx.array:
+    """`attend` in one kernel."""
     batch, length, width = q.shape
     if _is_fused_where_traced_for(q, width // num_heads):
         return stand_in(q.shape, q.dtype, q, k, v)

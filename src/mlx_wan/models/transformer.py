@@ -8,7 +8,7 @@ float32, attention and feed-forward matmuls run in `dtype`.
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -17,7 +17,7 @@ import numpy as np
 from mlx.nn.utils import checkpoint
 
 from . import fused
-from .layers import GELU, Pace, SiLU, attend, run_layers
+from .layers import GELU, Pace, SiLU, attend, by_rows, run_layers
 from .share import ALL, Share, everything
 
 # Parameters that stay float32 whatever the compute dtype: fragments of their names.
@@ -104,6 +104,7 @@ class Attention(nn.Module):
         dim = config.dim
         self.dtype, self.num_heads, self.in_pieces = dtype, config.num_heads, False
         self.scale = (dim // config.num_heads) ** -0.5
+        self.flop = 2 * dim**2  # of a token in one of the matrices
         self.q = nn.Linear(dim, dim)
         self.k = nn.Linear(dim, dim)
         self.v = nn.Linear(dim, dim)
@@ -119,9 +120,10 @@ class Attention(nn.Module):
         share: Share = ALL,
     ) -> mx.array:
         # x: (B, L, C), context: (B, Lk, C), both in self.dtype; share: of whose tokens `context` is one
-        q = self.normed(self.norm_q, self.q(x), rope)
+        q = self.normed(self.norm_q, by_rows(self.q, x, self.flop), rope)
         k, v = share.gather(*self.keys_and_values(context, rope))
-        return self.o(attend(q, k, v, self.num_heads, self.scale, in_pieces=self.in_pieces))
+        y = attend(q, k, v, self.num_heads, self.scale, in_pieces=self.in_pieces)
+        return by_rows(self.o, y, self.flop)
 
     def keys_and_values(
         self, context: "mx.array | Text", rope: tuple[mx.array, mx.array] | None = None
@@ -129,7 +131,7 @@ class Attention(nn.Module):
         """Of tokens (B, Lk, C); of a text that is kept, made once."""
         if isinstance(context, Text):
             return context.keys_and_values(self)
-        return self.normed(self.norm_k, self.k(context), rope), self.v(context)
+        return self.normed(self.norm_k, by_rows(self.k, context, self.flop), rope), by_rows(self.v, context, self.flop)
 
     def normed(
         self, norm: nn.RMSNorm | nn.Identity, x: mx.array, rope: tuple[mx.array, mx.array] | None = None
@@ -169,11 +171,11 @@ class ImageCrossAttention(Attention):
 
     def attend_image(self, x: mx.array, context: mx.array | Text, image: mx.array) -> mx.array:
         """x: (B, L, C), context: (B, n, C), image: (B, m, C), all in self.dtype."""
-        q, (k, v) = self.normed(self.norm_q, self.q(x)), self.keys_and_values(context)
+        q, (k, v) = self.normed(self.norm_q, by_rows(self.q, x, self.flop)), self.keys_and_values(context)
         k_img = self.normed(self.norm_k_img, self.k_img(image))
         text = attend(q, k, v, self.num_heads, self.scale, in_pieces=self.in_pieces)
         image = attend(q, k_img, self.v_img(image), self.num_heads, self.scale, in_pieces=self.in_pieces)
-        return self.o(text + image)
+        return by_rows(self.o, text + image, self.flop)
 
 
 class ImageEmbedding(nn.Module):
@@ -203,6 +205,7 @@ class Block(nn.Module):
     def __init__(self, config: TransformerConfig, dtype: mx.Dtype):
         super().__init__()
         self.dtype, self.eps = dtype, config.eps
+        self.flop = 2 * config.dim * config.ffn_dim  # of a token in one of ffn's matrices
         self.modulation = mx.random.normal((1, 6, config.dim)) / config.dim**0.5
         self.self_attn = Attention(config, dtype)
         self.norm3 = nn.LayerNorm(config.dim, config.eps) if config.cross_attn_norm else nn.Identity()
@@ -241,7 +244,7 @@ class Block(nn.Module):
         else:
             y = self.cross_attn(y, context)
         x, y = fused.add_norm(x, y, None, 1 + scale2, shift2, self.eps, self.dtype)
-        x = fused.add(x, run_layers(self.ffn, y), gate2)
+        x = fused.add(x, by_rows(partial(run_layers, self.ffn), y, self.flop), gate2)
         if pace is not None:
             x = pace(x)
         return x
@@ -261,11 +264,11 @@ class VaceBlock(Block):
 
     def begin(self, control: mx.array, x: mx.array) -> mx.array:
         """The branch's first tokens (B, L, C), float32, from those of the control and of the video."""
-        return x + self.before_proj(control.astype(self.dtype)).astype(mx.float32)
+        return x + by_rows(self.before_proj, control.astype(self.dtype), self.flop).astype(mx.float32)
 
     def hint(self, control: mx.array) -> mx.array:
         """(B, L, C), float32, for the main branch."""
-        return self.after_proj(control.astype(self.dtype)).astype(mx.float32)
+        return by_rows(self.after_proj, control.astype(self.dtype), self.flop).astype(mx.float32)
 
 
 class Control(NamedTuple):
