@@ -48,7 +48,7 @@ def stream_decode(vae: WanVAE, latents: mx.array, team: Team, frugal: bool = Fal
             yield from vae.stream_decode(latents, frugal)
         return
     rows = RowShare(team, height)
-    for piece in vae.stream_decode(latents, frugal, rows):
+    for piece in vae.stream_decode(latents, rows=rows):  # frugal streams would differ between machines
         whole = rows.gather(piece)
         mx.eval(whole)
         yield whole
