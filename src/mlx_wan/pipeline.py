@@ -414,12 +414,12 @@ class WanPipeline(AdapterWords):
 
         if request.source is not None:
             size = request.width, request.height, request.num_frames
-            channels = control_channels(self.vae.encode, request.source, *size, self.checkpoint.vae_config.stride)
+            channels = control_channels(self._encode, request.source, *size, self.checkpoint.vae_config.stride)
             condition = Condition(control=Control(channels, request.source.scale))
         elif self.spec.task == "ti2v":
             size = request.width, request.height
             frames = np.concatenate([image_to_frame(picture, *size) for picture in request.pictures.values()], axis=1)
-            condition = Condition(first_frame=self.vae.encode(mx.array(frames)))
+            condition = Condition(first_frame=self._encode(mx.array(frames)))
             mx.eval(condition.first_frame)
         else:
             condition = self._known_frames(request)
@@ -437,12 +437,15 @@ class WanPipeline(AdapterWords):
         pictures = {place: cropped(picture, *size, step) for place, picture in request.pictures.items()}
         frames = {place: stretched_frame(picture, *size) for place, picture in pictures.items()}
         stride = self.checkpoint.vae_config.stride[0]
-        channels, image = known_channels(frames, request.num_frames, stride, self.vae.encode), None
+        channels, image = known_channels(frames, request.num_frames, stride, self._encode), None
         if self.image_encoder is not None:
             ends = [picture for place, picture in pictures.items() if place in (0, request.num_frames - 1)]
             image = image_tokens(ends, self.image_encoder.config.image_size, self.image_encoder)
         mx.eval(channels, image)
         return Condition(channels=channels, image=image)
+
+    def _encode(self, video: mx.array) -> mx.array:
+        return self.parallel.encode(self.vae, video)
 
     def _padded(self, embedding: mx.array) -> mx.array:
         """(n, text_dim) -> (1, text_len, text_dim): the reference fills up with zeros, which attention does see."""

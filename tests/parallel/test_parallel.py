@@ -33,6 +33,7 @@ def alone(folder):
     pipe = mlx_wan.WanPipeline.from_pretrained(folder)
     runs = {way: np.array(one_rank.run(pipe, way)) for way in ("tokens", "image", "cache")}
     frames = {f"decoded {shape}": np.array(one_rank.decoded(ALONE, shape)) for shape in one_rank.DECODED}
+    frames |= {f"encoded {channels}": np.array(one_rank.encoded(ALONE, channels)) for channels in one_rank.ENCODED}
     return runs | frames | {"timesteps": np.array(one_rank.velocity(pipe))}
 
 
@@ -44,7 +45,7 @@ def test_ranks_together_make_what_one_makes(size, folder, alone, tmp_path):
     assert [code for code, *_ in results] == [0] * size, results
     first = mx.load(str(tmp_path / "out-0.safetensors"))
     few = f"decoded {one_rank.DECODED[-1]}"  # the first rank decodes that alone
-    assert set(first) == {*one_rank.ways(size), "timesteps", *(name for name in alone if name.startswith("decoded"))}
+    assert set(first) == {*one_rank.ways(size), "timesteps", *(name for name in alone if "coded" in name)}
     for way, latents in first.items():
         expected = alone.get(way, alone["tokens"])
         assert np.linalg.norm(np.array(latents) - expected) < 1e-5 * np.linalg.norm(expected), way

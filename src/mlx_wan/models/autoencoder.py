@@ -72,7 +72,7 @@ class FeatureCache:
         streaming: whether nobody asks for gradients: layers may then use kernels that have none, and large results are
             computed at once, so that MLX holds no more than a layer's.
         frugal: of a stream: even less, for a tenth more time.
-        rows: which rows of each frame are decoded here, if several processes share a clip.
+        rows: which rows of each frame are worked on here, if several processes share a clip.
     """
 
     def __init__(
@@ -268,7 +268,12 @@ class Downsample(Cached):
 
     def __call__(self, x: mx.array, cache: FeatureCache) -> mx.array:
         # Only the right and lower edge are padded: the kernel starts on the pixel it halves.
-        x = run_layers(self.resample, mx.pad(x, [(0, 0), (0, 0), (0, 1), (0, 1), (0, 0)]))
+        x = (
+            mx.pad(x, [(0, 0), (0, 0), (0, 1), (0, 0), (0, 0)])
+            if cache.rows is None
+            else cache.rows.border(x)[:, :, 1:]
+        )
+        x = run_layers(self.resample, mx.pad(x, [(0, 0), (0, 0), (0, 0), (0, 1), (0, 0)]))
         if "time_conv" not in self:
             return x
         before = cache.recall(self)
@@ -464,8 +469,10 @@ class WanVAE(nn.Module):
         """Latents as the decoder sees them."""
         return latents * mx.array(self.config.latents_std) + mx.array(self.config.latents_mean)
 
-    def stream_encode(self, video: mx.array) -> Iterator[mx.array]:
+    def stream_encode(self, video: mx.array, rows: Rows | None = None) -> Iterator[mx.array]:
         """Normalised latents, one frame (B, 1, h, w, z_dim) at a time, of a video (MLX's or NumPy's) as in `encode`.
+
+        rows: see `FeatureCache`; latents are of these rows.
 
         Raises ValueError for a shape that the strides do not divide, or for whole numbers.
         """
@@ -477,7 +484,8 @@ class WanVAE(nn.Module):
                 f"video of {frames} frames, {width}×{height}: frames must be {stride_t}n+1, "
                 f"width divisible by {stride_w} and height by {stride_h}"
             )
-        cache = FeatureCache(streaming=True)
+        video = video if rows is None else rows.take(video)
+        cache = FeatureCache(streaming=True, rows=rows)
         for end in range(1, frames + 1, stride_t):
             mean, _ = self.moments(mx.array(video[:, max(0, end - stride_t) : end]), cache)
             latents = self.normalise(mean)

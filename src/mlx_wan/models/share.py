@@ -1,4 +1,4 @@
-"""What of a call a process works on, unless it works alone: which tokens of a transformer, which rows of a decoder."""
+"""What of a call a process works on, unless it works alone: which tokens of a transformer, which rows of a VAE."""
 
 import mlx.core as mx
 
@@ -28,7 +28,7 @@ def everything(grid: tuple[int, int, int]) -> Share:
 
 
 class Rows:
-    """Which rows of each frame (B, T, H, W, C) a process decodes; `parallel.rows` has the share of one of many."""
+    """Which rows of each frame (B, T, H, W, C) a process works on in a VAE; `parallel.rows` has one's of many."""
 
     def take(self, x: mx.array) -> mx.array:
         """This process's rows of whole frames."""

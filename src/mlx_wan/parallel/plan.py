@@ -9,7 +9,7 @@ from mlx_wan.errors import UserError
 from mlx_wan.models.autoencoder import WanVAE
 from mlx_wan.models.transformer import WanTransformer
 from mlx_wan.models.umt5 import UMT5Encoder
-from mlx_wan.parallel.rows import stream_decode
+from mlx_wan.parallel.rows import encode, stream_decode
 from mlx_wan.parallel.spread import Spread
 from mlx_wan.parallel.team import Team
 from mlx_wan.parallel.tokens import TokenShare
@@ -90,6 +90,10 @@ class Parallel:
         """What the first process decides, for all: numbers may differ in their last digits between machines."""
         # As a number: NCCL has no booleans.
         return decision if self.size == 1 else bool(self.from_first(mx.array([int(decision)])).item())
+
+    def encode(self, vae: WanVAE, video: mx.array) -> mx.array:
+        """As `WanVAE.encode`, shared by all processes; each gets the whole latents."""
+        return encode(vae, video, self._everybody)
 
     def stream_decode(self, vae: WanVAE, latents: mx.array, frugal: bool = False) -> Iterator[mx.array]:
         """As `WanVAE.stream_decode`, shared by all processes; at least the first one gets the pieces."""

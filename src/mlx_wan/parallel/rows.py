@@ -1,7 +1,7 @@
-"""Decoding shared: every rank computes some rows of each frame, and asks its neighbours for those beside them.
+"""A VAE shared: every rank computes some rows of each frame, and asks its neighbours for those beside them.
 
 A 3×3 convolution needs one row more above and below; attention, among the pixels of a frame, needs everybody's keys and
-values. Both are exchanged when they are due, so the frames are those of one process.
+values. Both are exchanged when they are due, so the result is that of one process.
 """
 
 from collections.abc import Iterator
@@ -21,7 +21,8 @@ class RowShare(Rows):
         self._start, self._stop = team.bounds(height)[team.rank :][:2]
 
     def take(self, x: mx.array) -> mx.array:
-        return x[:, :, self._start : self._stop]
+        start, stop = (bound * x.shape[2] // self._height for bound in (self._start, self._stop))
+        return x[:, :, start:stop]
 
     def border(self, x: mx.array) -> mx.array:
         rank, last = self._team.rank, self._team.size - 1
@@ -32,9 +33,18 @@ class RowShare(Rows):
         return mx.concatenate([above, x, below], axis=2)
 
     def gather(self, x: mx.array) -> mx.array:
-        # Twice as many rows after each doubling: own rows tell how many times.
+        # A latent's row is several rows of pixels, and half as many between: own rows tell how many.
         counts = [count * x.shape[2] // (self._stop - self._start) for count in self._team.counts(self._height)]
         return self._team.gather_rows(x.moveaxis(2, 0), counts).moveaxis(0, 2)
+
+
+def encode(vae: WanVAE, video: mx.array, team: Team) -> mx.array:
+    """As `WanVAE.encode`, by all of a team, which must call it alike; by each alone where there are too few rows."""
+    height = video.shape[2] // vae.config.stride[1]
+    if not 1 < team.size <= height:
+        return vae.encode(video)
+    rows = RowShare(team, height)
+    return mx.concatenate([rows.gather(piece) for piece in vae.stream_encode(video, rows)], axis=1)
 
 
 def stream_decode(vae: WanVAE, latents: mx.array, team: Team, frugal: bool = False) -> Iterator[mx.array]:
