@@ -268,12 +268,8 @@ class Downsample(Cached):
 
     def __call__(self, x: mx.array, cache: FeatureCache) -> mx.array:
         # Only the right and lower edge are padded: the kernel starts on the pixel it halves.
-        x = (
-            mx.pad(x, [(0, 0), (0, 0), (0, 1), (0, 0), (0, 0)])
-            if cache.rows is None
-            else cache.rows.border(x)[:, :, 1:]
-        )
-        x = run_layers(self.resample, mx.pad(x, [(0, 0), (0, 0), (0, 0), (0, 1), (0, 0)]))
+        x, bottom = (x, 1) if cache.rows is None else (cache.rows.border(x)[:, :, 1:], 0)
+        x = run_layers(self.resample, mx.pad(x, [(0, 0), (0, 0), (0, bottom), (0, 1), (0, 0)]))
         if "time_conv" not in self:
             return x
         before = cache.recall(self)
