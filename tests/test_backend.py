@@ -1,6 +1,7 @@
 import ctypes
 import json
 import os
+import platform
 import subprocess
 import sys
 import warnings
@@ -92,6 +93,47 @@ def test_a_wrong_chosen_library_is_the_users_mistake(loads, monkeypatch):
     with pytest.raises(UserError, match=r"MLX_WAN_BLAS=/opt/blas\.so: computes wrong products"):
         backend.check_setting()
     assert loads == [("/opt/blas.so", False)]
+
+
+AVX2, AVX512 = {"avx2", "fma"}, {"avx2", "fma", "avx512f", "avx512dq", "avx512bw", "avx512vl"}
+
+
+@pytest.mark.parametrize(
+    ("core", "flags", "better"),
+    [
+        ("Prescott", AVX512, "SkylakeX"),
+        ("Prescott", AVX2, "Haswell"),
+        ("Prescott", {"sse2"}, None),
+        ("Prescott", set(), None),
+        ("Haswell", AVX512, None),
+        ("Zen", AVX2, None),
+        ("", AVX512, None),
+    ],
+)
+def test_kernels_are_asked_for_where_openblas_does_not_know_the_processor(core, flags, better):
+    assert backend.better_core(core, flags) == better
+
+
+def test_a_library_is_loaded_again_for_better_kernels():
+    """What it chose first is made up; whether the second copy took it, it says itself."""
+    library = backend.prepare().library
+    if library is None or "openblas" not in library or platform.machine() != "x86_64":
+        pytest.skip("needs OpenBLAS on an x86")
+    code = (
+        "import mlx_wan.backend as b; asked = []; b.better_core = lambda core, flags: asked.append(core) or 'Nehalem';"
+        f"print(b._core(b._open({library!r})), 'OPENBLAS_CORETYPE' in b.os.environ)"
+    )
+    environment = {"MLX_WAN_BLAS": "none", **{k: v for k, v in os.environ.items() if k != "OPENBLAS_CORETYPE"}}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.split() == ["Nehalem", "False"]
+    chosen = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**environment, "OPENBLAS_CORETYPE": "Haswell"},
+        check=True,
+    )
+    assert chosen.stdout.split() == ["Haswell", "True"], "who chooses is not overruled"
 
 
 def test_no_library_at_all_gives_the_hint_and_no_warning(monkeypatch):
