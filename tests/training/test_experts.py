@@ -8,6 +8,7 @@ import pytest
 from mlx.utils import tree_flatten
 from PIL import Image
 
+from mlx_wan.cli.previews import Previews
 from mlx_wan.conditioning import frame_to_image, image_to_frame
 from mlx_wan.errors import UserError
 from mlx_wan.models.transformer import WanTransformer
@@ -17,6 +18,7 @@ from mlx_wan.training.cache import load_clip
 from mlx_wan.training.dataset import read_clip
 from mlx_wan.training.evaluate import evaluate
 from mlx_wan.training.finetune import Examples, fill_cache, run
+from mlx_wan.training.joint import frozen, let_go
 from mlx_wan.training.objective import flow_loss, sample_sigmas, shift_sigma, unshift_sigma
 from mlx_wan.training.options import FinetuneRecipe
 from mlx_wan.training.plan import make_plan
@@ -171,6 +173,20 @@ def test_resuming_both_experts_is_exact_wherever_it_stopped(models, data, tmp_pa
     run(start, False, lambda row: None)
 
 
+def test_who_waits_for_its_turn_takes_no_memory(models, data, tmp_path):
+    made = both(models, data, tmp_path, rank=1).of("low")
+    model = finetune.load_trainable(made)
+    mx.eval(model.parameters())
+    names, size = set(frozen(model)), sum(array.nbytes for array in frozen(model).values())
+    kept = {name: np.array(array) for name, array in tree_flatten(model.trainable_parameters())}
+    before = mx.get_active_memory()
+    let_go(model)
+    assert before - mx.get_active_memory() > 0.9 * size
+    assert set(frozen(model)) == names
+    trained = dict(tree_flatten(model.trainable_parameters()))
+    assert all(np.array_equal(np.array(trained[name]), array) for name, array in kept.items())
+
+
 def test_both_experts_are_trained_whole(models, data, tmp_path):
     made = both(models, data, tmp_path, fine_tune_type="full", keep_both_experts=True, learning_rate=1e-3)
     result, _ = run(made, False, lambda row: None)
@@ -178,6 +194,37 @@ def test_both_experts_are_trained_whole(models, data, tmp_path):
     for part in ("transformer", "transformer_2"):
         pairs = [dict(tree_flatten(load_transformer(c, mx.float32, part).parameters())) for c in (before, after)]
         assert not all(mx.array_equal(pairs[0][name], pairs[1][name]) for name in pairs[0])
+
+
+@pytest.mark.parametrize("name", ["small-i2v-A14B", "small-i2v-14B"])
+def test_previews_ask_the_expert_of_a_timestep_and_show_a_frame(models, data, tmp_path, name):
+    """As the pipeline would make them, but for the size: the first frame is the held-out clip's."""
+    seen, two = [], name in TWO_EXPERTS
+    words = {"preview_prompts": ("a", "b"), "preview_every": 2, "preview_steps": 4, "iters": 3}
+    words |= {"expert": "both", "switch_every": 1} if two else {}
+    made = plan(models[name], data, tmp_path, batch_size=1, **words)
+    previews = Previews(made)
+
+    def preview(transformer_at, step, texts, shown):
+        asked = []
+
+        def at(timestep):
+            asked.append((timestep, transformer_at(timestep)))
+            return asked[-1][1]
+
+        previews(at, step, texts, shown)
+        seen.append(asked)
+        assert len(shown) == 2
+        assert shown[0].channels.shape[1:4] == (2, 4, 4)
+        assert (shown[0].image is None) == two
+
+    run(made, False, lambda row: None, preview=preview)
+    assert {path.name for path in (tmp_path / "previews").iterdir()} == {"0000002.png", "0000003.png"}
+    for asked in seen:
+        assert len(asked) == 8
+        high, low = ({id(model) for t, model in asked if (t >= 900) == side} for side in (True, False))
+        assert len(high) == len(low) == 1
+        assert (high != low) == two
 
 
 def test_memory_of_both_experts(models, data, tmp_path):

@@ -17,12 +17,13 @@ import numpy as np
 
 from mlx_wan.errors import UserError
 from mlx_wan.models.transformer import FLOAT32_PARAMETERS, WanTransformer
+from mlx_wan.sampling import Condition
 from mlx_wan.training.adapt import adapters_name, load_adapters, make_trainable, save_adapters
 from mlx_wan.training.buckets import batch_at
 from mlx_wan.training.cache import Cache, Cached, component_print, load_clip, load_context
 from mlx_wan.training.checkpoint import newest_state, step_of
 from mlx_wan.training.joint import Joint, frozen, let_go
-from mlx_wan.training.objective import WEIGHTINGS, flow_loss, sample_sigmas
+from mlx_wan.training.objective import TRAIN_TIMESTEPS, WEIGHTINGS, flow_loss, sample_sigmas
 from mlx_wan.training.plan import Plan, known
 from mlx_wan.training.recipe import check_same_run, processes_of, remember_run
 from mlx_wan.training.trainer import Batch, Numbers, Trainer
@@ -32,7 +33,9 @@ from mlx_wan.weights.load import Checkpoint, load_transformer
 from mlx_wan.weights.save import module_tensors, native_config, write_native
 
 MODEL = "model"  # the folder that full fine-tuning leaves
-Preview = Callable[[WanTransformer, int, dict[str, mx.array]], None]
+# Called with the transformer for a timestep, the step, the embeddings (1, text_len, text_dim) of the recipe's
+# preview_prompts and of the model's negative prompt, and for each prompt what the model is shown.
+Preview = Callable[[Callable[[float], WanTransformer], int, dict[str, mx.array], list[Condition]], None]
 
 
 class Examples:
@@ -68,6 +71,15 @@ class Examples:
             "context": mx.stack([self.context(text) for text in texts]),
             "keep_first": mx.array((given & (batch["latents"].shape[1] > 1)).tolist()),
         }
+
+    def known(self, i: int) -> Condition:
+        """What a model of pictures is shown of the i-th clip in the first one's bucket; nothing for other models."""
+        alike = [file for clip, file in self.cached.latents if clip.bucket == self.buckets[0]]
+        clip = load_clip(alike[i % len(alike)])
+        channels, image = (
+            clip[name][None].astype(mx.float32) if name in clip else None for name in ("channels", "image")
+        )
+        return Condition(channels=channels, image=image)
 
     def context(self, text: str) -> mx.array:
         """(text_len, text_dim) of a cached text."""
@@ -161,8 +173,7 @@ def run(
         resume: go on from the newest state in the recipe's adapter_path. A finished run is left as it is.
         report: gets the rows of the log.
         progress: how far the encoding is.
-        preview: called with the model, the step and the embeddings (1, text_len, text_dim) of the recipe's
-            preview_prompts and of the model's negative prompt.
+        preview: see `Preview`.
 
     Raises:
         UserError: the folder holds another run, or nothing can be trained on.
@@ -190,7 +201,7 @@ def run(
         evaluation(plan, validation),
         report,
         saving=lambda step: keep_adapters(trainer, plan, step),
-        visit=previewing(trainer, examples, preview),
+        visit=previewing(trainer, examples, Examples(plan, validation) if validation.latents else examples, preview),
     )
     if trainer.is_first and recipe.fine_tune_type == "full":
         for one in trainers_of(trainer, plan).values():
@@ -243,17 +254,30 @@ def keep_adapters(trainer: Trainer | Joint, plan: Plan, step: int) -> None:
             )
 
 
-def previewing(trainer: Trainer | Joint, examples: Examples, preview: Preview | None) -> Callable[[int], bool]:
-    """What to do after a step: nothing, or previews."""
-    recipe, spec = examples.recipe, examples.plan.checkpoint.spec
-    if preview is None or not recipe.preview_prompts or isinstance(trainer, Joint):
+def previewing(
+    trainer: Trainer | Joint, examples: Examples, shown: Examples, preview: Preview | None
+) -> Callable[[int], bool]:
+    """What to do after a step: nothing, or previews. shown: whose frames models of pictures go on from."""
+    plan, recipe, spec = examples.plan, examples.recipe, examples.plan.checkpoint.spec
+    if preview is None or not recipe.preview_prompts:
         return lambda step: False
+    models = [one.model for one in trainers_of(trainer, plan).values()]
+
+    def transformer_at(given: Any) -> Callable[[float], WanTransformer]:
+        if not isinstance(trainer, Joint):
+            return lambda timestep: given
+        return lambda timestep: given("high" if timestep >= known(spec.boundary) * TRAIN_TIMESTEPS else "low")
 
     def visit(step: int) -> bool:
         if step % recipe.preview_every and step != recipe.iters:
             return False
         texts = {text: examples.context(text)[None] for text in (*recipe.preview_prompts, spec.negative_prompt)}
-        trainer.with_averaged_weights(lambda model: preview(model, step, texts))
+        frames = [shown.known(i) for i in range(len(recipe.preview_prompts))]
+        for model in models:
+            model.save_memory(False)  # type: ignore[operator]
+        trainer.with_averaged_weights(lambda given: preview(transformer_at(given), step, texts, frames))
+        for model in models:
+            model.save_memory(recipe.grad_checkpoint)  # type: ignore[operator]
         return True
 
     return visit

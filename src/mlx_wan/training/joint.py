@@ -90,6 +90,17 @@ class Joint(Loop):
             row |= found
         return {"val_loss": total, **row}
 
+    def with_averaged_weights(self, function: Callable[[Callable[[str], nn.Module]], Any]) -> Any:
+        """function(name -> model) while the models hold the moving averages of their weights."""
+        before = {name: trainer.model.trainable_parameters() for name, trainer in self.trainers.items()}
+        for trainer in self.trainers.values():
+            trainer.model.update(trainer.ema["weights"])
+        try:
+            return function(lambda name: self.enter(name).model)
+        finally:
+            for name, trainer in self.trainers.items():
+                trainer.model.update(before[name])
+
     def facts(self) -> Row:
         return self.trainers[self.turns.at(max(0, self.step - 1))].facts()
 

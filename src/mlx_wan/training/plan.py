@@ -15,7 +15,13 @@ from mlx_wan.conditioning import KNOWN_FRAMES
 from mlx_wan.errors import UserError
 from mlx_wan.lora.fuse import EXPERTS, expert_part
 from mlx_wan.models.transformer import TransformerConfig, WanTransformer
-from mlx_wan.training.adapt import adapters_name, adapters_of_expert, make_trainable, trainable_size
+from mlx_wan.training.adapt import (
+    adapters_name,
+    adapters_of_expert,
+    load_adapters,
+    make_trainable,
+    trainable_size,
+)
 from mlx_wan.training.buckets import Bucket
 from mlx_wan.training.dataset import Clip, Sampling, Skipped, Source, find_sources, plan_clips
 from mlx_wan.training.hub import default_cache, open_data
@@ -196,7 +202,10 @@ def make_plan(recipe: FinetuneRecipe) -> Plan:
     trained = trainable_size(transformer) * len(recipe.experts)
     plan = Plan(recipe, checkpoint, clips, held_out, skipped, trained, 0, {}, 0)
     for expert in recipe.experts:
-        _ = plan.of(expert).train  # its checks
+        own = plan.of(expert)
+        _ = own.train  # its checks
+        if own.recipe.resume_adapter_file:
+            load_adapters(Path(own.recipe.resume_adapter_file), transformer)  # its shapes; no value is read
     largest = max((clip.bucket for clip in clips), key=lambda b: b.frames * b.width * b.height)
     return replace(
         plan,
@@ -250,8 +259,8 @@ def check_model(recipe: FinetuneRecipe, checkpoint: Checkpoint) -> None:
         expert_part(checkpoint, expert)  # refuses a word for models that have no experts
     if spec.boundary is not None and recipe.expert is None:
         raise UserError(f"{recipe.model}: is {spec.name}, which has two experts; give expert high, low or both")
-    if recipe.preview_prompts and (spec.boundary is not None or spec.task in KNOWN_FRAMES):
-        raise UserError(f"preview_prompts: what is trained of {spec.name} makes no video of a prompt; leave them out")
+    if recipe.preview_prompts and spec.boundary is not None and recipe.expert != "both":
+        raise UserError("preview_prompts: one expert alone makes no video; train both, or leave them out")
 
 
 def without_pictures(sources: list[Source], checkpoint: Checkpoint) -> tuple[list[Source], list[Skipped]]:
