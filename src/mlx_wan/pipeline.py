@@ -361,7 +361,7 @@ class WanPipeline(AdapterWords):
             latents = latents[:, len(request.source.references) :]
         yield Event("latents", 1, 1, latents)
         if decode:
-            pieces = self.parallel.stream_decode(self.vae, latents, self.low_memory)
+            pieces = self.parallel.stream_decode(self.vae, latents)
             for index, piece in enumerate(pieces, start=1):
                 _check_piece(piece, latents[:, index - 1], index)
                 if not self.parallel.is_first:

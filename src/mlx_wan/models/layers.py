@@ -61,23 +61,9 @@ def _plain_copy(x: mx.array) -> mx.array:
     return x * 1
 
 
-def _waited_for(x: mx.array, *others: mx.array) -> mx.array:
-    mx.eval(x, *others)
-    return x
-
-
-def _depended_on(x: mx.array, *others: mx.array) -> mx.array:
-    return mx.depends([x], [x, *others])[0]
-
-
 # Operations whose graphs mx.export_function cannot write, and the same in one that it can.
-_USUAL: dict[str, Callable] = {"gelu": _cpu_gelu, "silu": _cpu_silu, "copy": mx.contiguous, "finish": _waited_for}
-_TRACEABLE: dict[str, Callable] = {
-    "gelu": _plain_gelu,
-    "silu": _plain_silu,
-    "copy": _plain_copy,
-    "finish": _depended_on,
-}
+_USUAL: dict[str, Callable] = {"gelu": _cpu_gelu, "silu": _cpu_silu, "copy": mx.contiguous}
+_TRACEABLE: dict[str, Callable] = {"gelu": _plain_gelu, "silu": _plain_silu, "copy": _plain_copy}
 _forms = dict(_USUAL)
 _traced_for: str | None = None
 
@@ -133,12 +119,14 @@ def target() -> str:
     return _traced_for or device_name()
 
 
-def finish(x: mx.array, *others: mx.array) -> mx.array:
-    """`x`, once it and `others` are computed.
+@lru_cache
+def _beside() -> mx.Stream:
+    return mx.new_stream(mx.gpu)
 
-    MLX hands out memory ahead of its work: what is made of the result gets none before this is done.
-    """
-    return cast(mx.array, _forms["finish"](x, *others))
+
+def upload_stream() -> mx.Stream:
+    """Where to put the first operation on an array of the host's, for the device to fetch it beside other work."""
+    return _beside() if device_name() == "CUDA" else mx.default_stream(mx.default_device())
 
 
 def is_traced() -> bool:
@@ -161,11 +149,11 @@ class Pace:
     def __init__(self) -> None:
         self._last: mx.array | None = None
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, *others: mx.array) -> mx.array:
         if is_traced():
-            x = mx.depends([x], [x if self._last is None else self._last])[0]
+            x = mx.depends([x], [x if self._last is None else self._last, *others])[0]
         else:
-            mx.async_eval(x)
+            mx.async_eval(x, *others)
             if self._last is not None:
                 mx.eval(self._last)
         self._last = x

@@ -95,9 +95,9 @@ class Parallel:
         """As `WanVAE.encode`, shared by all processes; each gets the whole latents."""
         return encode(vae, video, self._everybody)
 
-    def stream_decode(self, vae: WanVAE, latents: mx.array, frugal: bool = False) -> Iterator[mx.array]:
+    def stream_decode(self, vae: WanVAE, latents: mx.array) -> Iterator[mx.array]:
         """As `WanVAE.stream_decode`, shared by all processes; at least the first one gets the pieces."""
-        return stream_decode(vae, latents, self._everybody, frugal)
+        return stream_decode(vae, latents, self._everybody)
 
     def load_transformer(self, checkpoint: Checkpoint, dtype: mx.Dtype, part: str) -> WanTransformer:
         """As `weights.load.load_transformer`; it computes this process's tokens, with this process's weights."""

@@ -47,7 +47,7 @@ def encode(vae: WanVAE, video: mx.array, team: Team) -> mx.array:
     return mx.concatenate([rows.gather(piece) for piece in vae.stream_encode(video, rows)], axis=1)
 
 
-def stream_decode(vae: WanVAE, latents: mx.array, team: Team, frugal: bool = False) -> Iterator[mx.array]:
+def stream_decode(vae: WanVAE, latents: mx.array, team: Team) -> Iterator[mx.array]:
     """As `WanVAE.stream_decode`, by all of a team, which must call it alike; each gets the whole frames.
 
     Where latents have fewer rows than the team has ranks, the first works alone and the others get nothing.
@@ -55,10 +55,10 @@ def stream_decode(vae: WanVAE, latents: mx.array, team: Team, frugal: bool = Fal
     height = latents.shape[2]
     if not 1 < team.size <= height:
         if team.rank == 0:
-            yield from vae.stream_decode(latents, frugal)
+            yield from vae.stream_decode(latents)
         return
     rows = RowShare(team, height)
-    for piece in vae.stream_decode(latents, rows=rows):  # frugal streams would differ between machines
+    for piece in vae.stream_decode(latents, rows):
         whole = rows.gather(piece)
         mx.eval(whole)
         yield whole
