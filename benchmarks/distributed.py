@@ -32,6 +32,7 @@ from mlx.utils import tree_flatten
 from mlx_wan import backend
 from mlx_wan.models.transformer import FLOAT32_PARAMETERS, TransformerConfig, WanTransformer
 from mlx_wan.models.vae22 import VAEConfig, WanVAE22
+from mlx_wan.parallel import team
 from mlx_wan.parallel.guard import Guard, check_agreement
 from mlx_wan.parallel.plan import ALONE, Parallel
 from mlx_wan.parallel.spread import Spread
@@ -223,15 +224,15 @@ def compare(world, config: TransformerConfig, shape: tuple[int, ...], dtype: mx.
         say(f"{name}: {shown}")
         return [s for s, _ in ranks], velocity
 
-    one_stream = Team(world)
-    one_stream._stream = None
     alone, want = timed("alone", None, ALONE.passes)
     ways = {
         "guidance shared": (None, Parallel(world, cfg_parallel=True).passes),
         "tokens shared": (partial(TokenShare, Team(world)), ALONE.passes),
-        "tokens shared, exchange and work in turn": (partial(TokenShare, one_stream), ALONE.passes),
+        "tokens shared, exchange and work in turn": (partial(TokenShare, Team(world)), ALONE.passes),
     }
+    beside = team._beside
     for name, way in ways.items():
+        team._beside = (lambda: None) if "in turn" in name else beside
         seconds, got = timed(name, *way)
         error = float(mx.linalg.norm(got - want) / mx.linalg.norm(want))
         faster = min(alone) / max(seconds)
@@ -254,7 +255,6 @@ def decode(world: mx.distributed.Group, small: bool) -> None:
         for piece in parallel.stream_decode(vae, latents):
             times.append(time.perf_counter() - begin)
             pieces.append(np.array(piece))
-            mx.eval(mx.distributed.all_sum(mx.array(1.0)))
             begin = time.perf_counter()
         seconds, got = float(np.median(times[3:])), np.concatenate(pieces, axis=1)
         want, alone = (got, seconds) if want is None else (want, alone)
