@@ -29,6 +29,7 @@ from mlx_wan.resume import arrays_of, expected, load_done, load_point, read_reco
 from mlx_wan.schedulers import make_scheduler
 from mlx_wan.text import Tokenizer
 from mlx_wan.weights.checkpoint import EMBEDDED
+from mlx_wan.weights.clip import image_half
 from mlx_wan.weights.diffusers import read_configs
 from mlx_wan.weights.files import read_tensors
 from mlx_wan.weights.locate import locate
@@ -60,12 +61,26 @@ def read_repository(path: Path) -> None:
     """The damaged file is the vae's config.json of an otherwise whole Diffusers repository."""
     golden = json.loads((GOLDEN / "diffusers.json").read_text())
     folder = path.parent / "repository"
-    for part in ("transformer", "text_encoder", "vae"):
+    golden["image_encoder"] = json.loads((GOLDEN / "diffusers_image.json").read_text())["i2v"]["image_encoder"]
+    for part in ("transformer", "text_encoder", "image_encoder", "vae"):
         (folder / part).mkdir(parents=True, exist_ok=True)
         (folder / part / "config.json").write_text(json.dumps(golden[part]["config"]))
     (folder / "model_index.json").write_text(json.dumps(golden["model_index"]))
     shutil.copy(path, folder / "vae" / "config.json")
     read_configs(folder)
+
+
+def read_index(path: Path) -> None:
+    """The same of its model_index.json."""
+    good = path.parent / "vae.json"
+    good.write_bytes(_vae_config())
+    read_repository(good)
+    shutil.copy(path, path.parent / "repository" / "model_index.json")
+    read_configs(path.parent / "repository")
+
+
+def read_image_encoder(path: Path) -> None:
+    mx.eval([info.load() for info in image_half(path, read_tensors(path)).values()])
 
 
 def read_tokenizer(path: Path) -> None:
@@ -121,6 +136,22 @@ def _plain() -> bytes:
         return Path(folder, "a.safetensors").read_bytes()
 
 
+def _vae_config() -> bytes:
+    return json.dumps(json.loads((GOLDEN / "diffusers.json").read_text())["vae"]["config"]).encode()
+
+
+def _image_encoder() -> bytes:
+    """An image encoder with transformers' names, eight wide."""
+    names = json.loads((GOLDEN / "diffusers_image.json").read_text())["with_projection"]["tensors"]
+    shapes = {"cls_embedding": (8,), "patch_embedding.weight": (8, 3, 2, 2), "pos_embedding": (5, 8), "head": (4, 8)}
+    arrays = {
+        own: mx.zeros(shapes.get(name, (8, 8) if name.endswith("weight") else (8,))) for own, name in names.items()
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        mx.save_safetensors(f"{folder}/a.safetensors", arrays)
+        return Path(folder, "a.safetensors").read_bytes()
+
+
 def _scaled() -> bytes:
     """A safetensors file of ComfyUI's scaled 8-bit floats."""
     tensors = {
@@ -154,10 +185,13 @@ READERS: dict[str, tuple[str, Callable[[], bytes], Callable[[Path], None]]] = {
     "kohya": (".safetensors", (GOLDEN / "lora" / "kohya.safetensors").read_bytes, read_adapter),
     "lokr": (".safetensors", (GOLDEN / "lora" / "lokr.safetensors").read_bytes, read_adapter),
     "spiece": (".model", (FIXTURES / "spiece.model").read_bytes, read_tokenizer),
-    "diffusers": (
+    "loha": (".safetensors", (GOLDEN / "lora" / "loha.safetensors").read_bytes, read_adapter),
+    "image encoder": (".safetensors", _image_encoder, read_image_encoder),
+    "diffusers": (".json", _vae_config, read_repository),
+    "diffusers index": (
         ".json",
-        lambda: json.dumps(json.loads((GOLDEN / "diffusers.json").read_text())["vae"]["config"]).encode(),
-        read_repository,
+        lambda: json.dumps(json.loads((GOLDEN / "diffusers_image.json").read_text())["i2v"]["model_index"]).encode(),
+        read_index,
     ),
 }
 

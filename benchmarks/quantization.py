@@ -104,6 +104,7 @@ def random_transformer(config: TransformerConfig, dtype: mx.Dtype, how: Quantiza
     for block in model.blocks:
         mx.eval(block.parameters())
     mx.eval(model.parameters())
+    model.eval()  # as the pipeline runs it
     return model
 
 

@@ -6,7 +6,7 @@
 
     uv run parity/make_gguf_fixtures.py
 
-Writes tests/weights/fixtures/wan.gguf and tests/golden/gguf.npz. Formats that gguf does not write (the K ones) are
+Writes tests/weights/fixtures/wan.gguf and tests/golden/gguf.npz. Formats that gguf does not write (K and IQ) are
 random blocks with tame scales; what counts is that both read the same values out of them.
 """
 
@@ -16,8 +16,14 @@ import gguf
 import numpy as np
 
 TESTS = Path(__file__).resolve().parent.parent / "tests"
-TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
-HALVES = {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}  # where a block keeps its float16 scales
+TYPES = (
+    *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
+    *("IQ4_NL", "IQ4_XS"),
+)
+# Where a block of those that are not written keeps its float16 scales.
+HALVES = {
+    "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ4_NL": (0,), "IQ4_XS": (0,),
+}  # fmt: skip
 ROWS, COLUMNS = 3, 512
 
 

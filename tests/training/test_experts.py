@@ -8,14 +8,17 @@ import pytest
 from mlx.utils import tree_flatten
 from PIL import Image
 
+from mlx_wan.cli.previews import Previews
 from mlx_wan.conditioning import frame_to_image, image_to_frame
 from mlx_wan.errors import UserError
 from mlx_wan.models.transformer import WanTransformer
 from mlx_wan.pipeline import WanPipeline
+from mlx_wan.training import finetune
 from mlx_wan.training.cache import load_clip
 from mlx_wan.training.dataset import read_clip
 from mlx_wan.training.evaluate import evaluate
 from mlx_wan.training.finetune import Examples, fill_cache, run
+from mlx_wan.training.joint import frozen, let_go
 from mlx_wan.training.objective import flow_loss, sample_sigmas, shift_sigma, unshift_sigma
 from mlx_wan.training.options import FinetuneRecipe
 from mlx_wan.training.plan import make_plan
@@ -112,6 +115,149 @@ def test_resuming_an_expert_is_exact(models, data, tmp_path):
     assert again.read_bytes() == whole.read_bytes()
 
 
+def both(models, data, folder, **changes):
+    values = {"expert": "both", "iters": 5, "switch_every": 2, "save_every": 2, "batch_size": 1, "ema_decay": 0.9}
+    return plan(models["small-t2v-A14B"], data, folder, **{**values, **changes})
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_both_experts_in_one_run_become_what_they_become_in_two(models, data, tmp_path, keep, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(finetune, "load_transformer", lambda *a, **k: loaded.append(a[2]) or load_transformer(*a, **k))
+    made, rows = both(models, data, tmp_path / "both", keep_both_experts=keep), []
+    result, broken = run(made, False, rows.append)
+    assert not broken
+    assert result == tmp_path / "both"
+    # Both to begin with; then the one whose turn it is, or that is validated.
+    assert loaded == ["transformer_2", "transformer"] * (1 if keep else 3)
+    for expert, steps in (("high", 3), ("low", 2)):
+        alone = {"expert": expert, "iters": steps, "batch_size": 1, "ema_decay": 0.9}
+        file, _ = run(plan(models["small-t2v-A14B"], data, tmp_path / expert, **alone), False, lambda row: None)
+        pairs = mx.load(str(file)), mx.load(str(result / file.name))
+        assert pairs[0].keys() == pairs[1].keys()
+        assert all(mx.array_equal(pairs[0][name], pairs[1][name]) for name in pairs[0])
+    assert {"loss_high", "loss_low", "grad_norm_low"} <= rows[-2].keys()
+    low, high = [key for key in rows[-1] if key.endswith("_875")], [key for key in rows[-1] if key.endswith("_1000")]
+    assert len(low) == len(high) == 1
+    assert len([key for key in rows[-1] if key.startswith("val_loss_")]) == 8
+    bands = {name: value for name, value in rows[-1].items() if name.startswith("val_loss_")}
+    width = {name: (int(name.split("_")[3]) - int(name.split("_")[2])) / 1000 for name in bands}
+    assert rows[-1]["val_loss"] == pytest.approx(sum(bands[name] * width[name] for name in bands), rel=1e-3)
+    text = "\n".join(made.lines())
+    assert "expert: high noise, timesteps 875 to 1000, 3 steps, written to adapters_high_noise.safetensors" in text
+    assert "turns: 2 steps each, both in memory" if keep else "turns: 2 steps each, one in memory at a time" in text
+    pipe = WanPipeline.from_pretrained(models["small-t2v-A14B"])
+    for expert in ("high", "low"):
+        pipe.load_lora_weights(result / f"adapters_{expert}_noise.safetensors", expert=expert)
+
+
+def test_resuming_both_experts_is_exact_wherever_it_stopped(models, data, tmp_path):
+    whole, _ = run(both(models, data, tmp_path / "whole"), False, lambda row: None)
+    for at in (1, 3, 4):  # in the middle of a turn, after a state of the other's turn, at its end
+
+        def stop(row, at=at):
+            if row["step"] == at:
+                raise KeyboardInterrupt
+
+        again, seen = both(models, data, tmp_path / f"stopped{at}"), []
+        with pytest.raises(KeyboardInterrupt):
+            run(again, False, stop)
+        result, _ = run(again, True, seen.append)
+        assert seen[0]["step"] == (at - 1) // 2 * 2 + 1
+        for expert in ("high", "low"):
+            name = f"adapters_{expert}_noise.safetensors"
+            assert (result / name).read_bytes() == (whole / name).read_bytes()
+    # On from what one run made, by either of its files; and then another run's plan.
+    start = both(models, data, tmp_path / "on", resume_adapter_file=str(whole / "adapters_low_noise.safetensors"))
+    assert start.of("high").recipe.resume_adapter_file.endswith("adapters_high_noise.safetensors")
+    run(start, False, lambda row: None)
+
+
+def test_who_waits_for_its_turn_takes_no_memory(models, data, tmp_path):
+    made = both(models, data, tmp_path, rank=1).of("low")
+    model = finetune.load_trainable(made)
+    mx.eval(model.parameters())
+    names, size = set(frozen(model)), sum(array.nbytes for array in frozen(model).values())
+    kept = {name: np.array(array) for name, array in tree_flatten(model.trainable_parameters())}
+    before = mx.get_active_memory()
+    let_go(model)
+    assert before - mx.get_active_memory() > 0.9 * size
+    assert set(frozen(model)) == names
+    trained = dict(tree_flatten(model.trainable_parameters()))
+    assert all(np.array_equal(np.array(trained[name]), array) for name, array in kept.items())
+
+
+def test_both_experts_are_trained_whole(models, data, tmp_path):
+    made = both(models, data, tmp_path, fine_tune_type="full", keep_both_experts=True, learning_rate=1e-3)
+    result, _ = run(made, False, lambda row: None)
+    before, after = locate(models["small-t2v-A14B"]), locate(result)
+    for part in ("transformer", "transformer_2"):
+        pairs = [dict(tree_flatten(load_transformer(c, mx.float32, part).parameters())) for c in (before, after)]
+        assert not all(mx.array_equal(pairs[0][name], pairs[1][name]) for name in pairs[0])
+
+
+@pytest.mark.parametrize("name", ["small-i2v-A14B", "small-i2v-14B"])
+def test_previews_ask_the_expert_of_a_timestep_and_show_a_frame(models, data, tmp_path, name):
+    """As the pipeline would make them, but for the size: the first frame is the held-out clip's."""
+    seen, two = [], name in TWO_EXPERTS
+    words = {"preview_prompts": ("a", "b"), "preview_every": 2, "preview_steps": 4, "iters": 3}
+    words |= {"expert": "both", "switch_every": 1} if two else {}
+    made = plan(models[name], data, tmp_path, batch_size=1, **words)
+    previews = Previews(made)
+
+    def preview(transformer_at, step, texts, shown):
+        asked = []
+
+        def at(timestep):
+            asked.append((timestep, transformer_at(timestep)))
+            return asked[-1][1]
+
+        previews(at, step, texts, shown)
+        seen.append(asked)
+        assert len(shown) == 2
+        assert shown[0].channels.shape[1:4] == (2, 4, 4)
+        assert (shown[0].image is None) == two
+
+    run(made, False, lambda row: None, preview=preview)
+    assert {path.name for path in (tmp_path / "previews").iterdir()} == {"0000002.png", "0000003.png"}
+    for asked in seen:
+        assert len(asked) == 8
+        high, low = ({id(model) for t, model in asked if (t >= 900) == side} for side in (True, False))
+        assert len(high) == len(low) == 1
+        assert (high != low) == two
+
+
+def test_memory_of_both_experts(models, data, tmp_path):
+    one = plan(models["small-t2v-A14B"], data, tmp_path, expert="high").memory
+    taking_turns = both(models, data, tmp_path, ema_decay=0.0, batch_size=2).memory
+    together = both(models, data, tmp_path, ema_decay=0.0, batch_size=2, keep_both_experts=True).memory
+    assert one["weights"] < taking_turns["weights"] < together["weights"]
+    assert together["weights"] == 2 * one["weights"]
+    assert taking_turns["activations"] == one["activations"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"iters": 2}, "iters is 2 and switch_every 2: the second expert would have no turn"),
+        ({"switch_every": 0}, "switch_every is 0; it must be at least 1"),
+        ({"fine_tune_type": "full"}, "full fine-tuning of both experts has both in memory; add keep_both_experts"),
+        ({"resume_adapter_file": "a.safetensors"}, "a.safetensors: give a file whose name has high_noise or low_noise"),
+    ],
+)
+def test_turns_that_cannot_be(models, data, tmp_path, changes, words):
+    with pytest.raises(UserError, match=words):
+        both(models, data, tmp_path, **changes)
+
+
+def test_one_transformer_has_no_experts(models, data, tmp_path):
+    with pytest.raises(UserError, match="the model has one transformer"):
+        plan(models["small-t2v-14B"], data, tmp_path, expert="both", iters=100)
+    recipe = FinetuneRecipe(model=str(models["small-t2v-A14B"]), data=str(data), expert="both")
+    with pytest.raises(UserError, match="evaluate one at a time"):
+        evaluate(recipe, [], None)
+
+
 @pytest.mark.parametrize("name", ["small-i2v-A14B", "small-i2v-14B", "small-flf2v-14B"])
 def test_a_clip_is_conditioned_as_the_pipeline_conditions_a_video(models, data, tmp_path, name):
     expert = {"expert": "high"} if name in TWO_EXPERTS else {}
@@ -171,7 +317,7 @@ def test_what_is_given_reaches_the_transformer(models, data, tmp_path, name):
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("small-t2v-A14B", {}, "two experts; give expert high or low"),
+        ("small-t2v-A14B", {}, "two experts; give expert high, low or both"),
         ("small-t2v-14B", {"expert": "low"}, "expert"),
         ("small-t2v-A14B", {"expert": "both"}, "expert"),
         ("small-i2v-A14B", {"expert": "low", "preview_prompts": ("a",)}, "preview_prompts"),

@@ -365,7 +365,7 @@ from pathlib import Path
 import mlx_wan
 import mlx.core as mx
 mx.set_default_device(mx.cpu)
-from mlx_wan.training import checkpoint, finetune, trainer
+from mlx_wan.training import checkpoint, finetune, loop
 from mlx_wan.training.plan import make_plan
 from mlx_wan.training.recipe import read_recipe
 from mlx_wan.weights import save as files
@@ -394,7 +394,7 @@ def report(row):
     if when and row["step"] >= when and where == "step":
         kill()
 
-trainer.save_state = saving
+loop.save_state = saving
 real_adapters, finetune.save_adapters = finetune.save_adapters, adapters
 recipe = read_recipe(folder / "recipe.yaml")
 finetune.run(make_plan(recipe), True, report)

@@ -89,6 +89,7 @@ def test_planning_writes_nothing(model, data):
         ({"num_frames": (4,)}, r"num_frames is 4; it must be 2n\+1"),
         ({"batch_size": 0}, "batch_size is 0; it must be at least 1"),
         ({"learning_rate": 0.0}, "learning_rate is 0.0; it must be above 0"),
+        ({"resume_adapter_file": "not/there.safetensors"}, "not/there.safetensors: no such adapter file"),
     ],
 )
 def test_what_cannot_be_is_said_before_anything_is_done(model, data, changes, message):

@@ -218,7 +218,7 @@ from pathlib import Path
 import mlx_wan
 import mlx.core as mx
 mx.set_default_device(mx.cpu)
-from mlx_wan.training import checkpoint, tiny, trainer
+from mlx_wan.training import checkpoint, loop, tiny
 from mlx_wan.training.recipe import read_recipe
 
 tiny.latent_statistics.__defaults__ = (32, 16)
@@ -236,7 +236,7 @@ def report(row):
     if when and row["step"] >= when and where == "step":
         kill()
 
-trainer.save_state = saving
+loop.save_state = saving
 recipe = read_recipe(folder / "recipe.yaml")
 run = folder / "run"
 if hasattr(recipe, "text_encoder"):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,6 +17,7 @@ from mlx.utils import tree_flatten
 
 from mlx_wan.errors import CheckpointError, UserError, WanError
 from mlx_wan.training.checkpoint import newest_state
+from mlx_wan.training.shares import deal
 from mlx_wan.training.trainer import OPTIMIZERS, TrainConfig, Trainer, in_compute_dtype, learning_rates
 
 TARGET = np.random.default_rng(0).standard_normal((4, 4)).astype(np.float32)
@@ -436,8 +438,27 @@ mx.save_safetensors(f"{{folder}}-{{rank}}.safetensors", dict(t.tree_flatten(run.
 """
 
 
-def launch(tmp_path, folder, stop_at=0, count=2, begun=0, accumulated=1):
-    """Runs SCRIPT as `count` processes over the ring backend; their outputs. begun: the trainer's `processes`."""
+SHARED = """
+import os, sys
+sys.path.insert(0, {here!r})
+import mlx_wan
+import mlx.core as mx
+mx.set_default_device(mx.cpu)
+import test_trainer as t
+from mlx_wan.weights.whole import flat
+mx.distributed.init(strict=True)
+for name in t.OPTIMIZERS:
+    for shared in (False, True):
+        folder = f"{{sys.argv[1]}}-{{name}}-{{shared}}"
+        run = t.trainer(folder, optimizer=name, shard_optimizer=shared, steps=4)
+        run.resume()
+        run.fit(t.batch_at)
+        print(name, sum(array.size for array in flat(run.optimizer.state).values()), flush=True)
+"""
+
+
+def launch(tmp_path, folder, stop_at=0, count=2, begun=0, accumulated=1, script=SCRIPT):
+    """Runs a script as `count` processes over the ring backend; their outputs. begun: the trainer's `processes`."""
     holders = [socket.socket() for _ in range(count)]
     for holder in holders:
         holder.bind(("127.0.0.1", 0))
@@ -445,7 +466,7 @@ def launch(tmp_path, folder, stop_at=0, count=2, begun=0, accumulated=1):
     for holder in holders:
         holder.close()
     (tmp_path / "hosts.json").write_text(json.dumps(hosts))
-    script = SCRIPT.format(here=str(Path(__file__).parent))
+    script = script.format(here=str(Path(__file__).parent))
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", script, str(tmp_path / folder), *map(str, (stop_at, begun, accumulated))],
@@ -504,6 +525,41 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path, begun, accumul
     found = weights(mx.load(str(tmp_path / "run-0.safetensors")))
     for name, array in weights(straight.state()).items():
         np.testing.assert_allclose(found[name], array, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def test_a_shared_out_optimizer_computes_the_same_bits(tmp_path):
+    """Each process keeps about half of the state; files are those of processes that keep all of it."""
+    printed = launch(tmp_path, "run", script=SHARED)
+    sizes = [[int(line.split()[1]) for line in out.splitlines()] for out in printed]
+    for i, name in enumerate(OPTIMIZERS):
+        whole, (one, other) = sizes[0][2 * i], (sizes[rank][2 * i + 1] for rank in range(2))
+        assert whole <= one + other <= whole + 4  # steps and rates are everybody's
+        assert max(one, other) < 0.75 * whole
+        alone, shared = (tmp_path / f"run-{name}-{shared}" for shared in (False, True))
+        for step in (2, 4):
+            file = f"state-{step:08}.safetensors"
+            assert (alone / file).read_bytes() == (shared / file).read_bytes()
+    wanted = {name: (tmp_path / f"run-{name}-True" / "state-00000004.safetensors").read_bytes() for name in OPTIMIZERS}
+    for name in OPTIMIZERS:
+        (tmp_path / f"run-{name}-True" / "state-00000004.safetensors").unlink()
+        shutil.copytree(tmp_path / f"run-{name}-True", tmp_path / f"one-{name}")
+    launch(tmp_path, "run", script=SHARED)
+    for name in OPTIMIZERS:
+        assert (tmp_path / f"run-{name}-True" / "state-00000004.safetensors").read_bytes() == wanted[name]
+        one = trainer(tmp_path / f"one-{name}", optimizer=name, shard_optimizer=True, steps=4, processes=2)
+        assert one.resume()  # with another number of processes
+        one.fit(batch_at)
+        for key, array in weights(mx.load(str(tmp_path / f"run-{name}-True" / "state-00000004.safetensors"))).items():
+            np.testing.assert_allclose(weights(one.state())[key], array, rtol=1e-4, atol=1e-6, err_msg=key)
+
+
+def test_shares_are_about_equal_and_hold_everything():
+    sizes = {f"w{i:02}": 1 + (i * 7919) % 1000 for i in range(31)}
+    rounds = deal(sizes, 4)
+    shares = [[each[rank] for each in rounds if rank < len(each) and each[rank]] for rank in range(4)]
+    assert sorted(name for share in shares for name in share) == sorted(sizes)
+    held = [sum(sizes[name] for name in share) for share in shares]
+    assert max(held) < 1.1 * min(held)
 
 
 def test_more_processes_than_batches_are_refused(tmp_path, monkeypatch):

@@ -1,8 +1,9 @@
-"""A server that speaks as much of the Hugging Face Hub's HTTP as downloading a model takes, over a folder.
+"""A server that speaks as much of the Hugging Face Hub's HTTP as a model's way down and up takes, over folders.
 
 Files over 2 kB are large ones (LFS), told by their SHA-256; others have git's hash.
 """
 
+import base64
 import hashlib
 import json
 import threading
@@ -20,10 +21,13 @@ class Hub:
 
     repositories: id -> folder. cut: path -> after how many bytes of an answer the connection breaks, and how often.
     wrong: paths whose answers have a wrong byte. gets: (path, first byte) of each file asked for.
+    home: where repositories are made that are asked for; None: nobody may write. made: what was said of each.
     """
 
-    def __init__(self, repositories: dict[str, Path]):
-        self.repositories = repositories
+    def __init__(self, repositories: dict[str, Path], home: Path | None = None):
+        self.repositories, self.home = repositories, home
+        self.made: dict[str, dict] = {}
+        self.objects: dict[str, bytes] = {}  # large files that came, by their SHA-256
         self.cut: dict[str, list[int]] = {}
         self.wrong: set[str] = set()
         self.gets: list[tuple[str, int]] = []
@@ -69,6 +73,60 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self._answer()
+
+    # --- what is sent here ---
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        parts = unquote(urlparse(self.path).path).strip("/").split("/")
+        if self.hub.home is None or self.headers.get("Authorization") != "Bearer hf_test":
+            return self._send(403, b'{"error": "no right to write here"}', {"Content-Type": "application/json"})
+        if parts == ["api", "repos", "create"]:
+            said = json.loads(body)
+            name = f"{said['organization']}/{said['name']}" if said.get("organization") else said["name"]
+            self.hub.repositories.setdefault(name, self.hub.home / name).mkdir(parents=True, exist_ok=True)
+            self.hub.made.setdefault(name, said)
+            return self._json({"url": f"{self.hub.address}/{name}"})
+        if parts[-1] == "validate-yaml":  # the head of a README
+            return self._json({"errors": [], "warnings": []})
+        if parts[-1] == "batch":
+            objects = [self._action(wanted) for wanted in json.loads(body)["objects"]]
+            return self._json({"transfer": "basic", "objects": objects})
+        if "preupload" in parts:
+            modes = [
+                {
+                    "path": file["path"],
+                    "uploadMode": "lfs" if file["size"] > LARGE else "regular",
+                    "shouldIgnore": False,
+                    "oid": None,
+                }
+                for file in json.loads(body)["files"]
+            ]
+            return self._json({"files": modes})
+        return self._commit("/".join(parts[2:4]), body)
+
+    def do_PUT(self) -> None:
+        data = self.rfile.read(int(self.headers["Content-Length"]))
+        self.hub.objects[hashlib.sha256(data).hexdigest()] = data
+        self._send(200, b"", {})
+
+    def _action(self, wanted: dict) -> dict:
+        there = wanted["oid"] in self.hub.objects
+        return wanted | ({} if there else {"actions": {"upload": {"href": f"{self.hub.address}/put/{wanted['oid']}"}}})
+
+    def _commit(self, name: str, body: bytes) -> None:
+        folder = self.hub.repositories[name]
+        for line in map(json.loads, body.decode().splitlines()):
+            value = line["value"]
+            if line["key"] == "header":
+                continue
+            large = line["key"] == "lfsFile"
+            data = self.hub.objects[value["oid"]] if large else base64.b64decode(value["content"])
+            (folder / value["path"]).parent.mkdir(parents=True, exist_ok=True)
+            (folder / value["path"]).write_bytes(data)
+        self._json({"commitUrl": f"{self.hub.address}/{name}/commit/{COMMIT}", "commitOid": COMMIT})
+
+    # --- what is asked for ---
 
     def _answer(self) -> None:
         parts = unquote(urlparse(self.path).path).strip("/").split("/")

@@ -101,8 +101,8 @@ def test_a_shape_that_is_not_the_tensors(tmp_path):
 
 
 def test_formats_that_are_only_described(tmp_path):
-    (tmp_path / "a.gguf").write_bytes(gguf([("a", (256,), 10, 0)], values=b"\0" * 84))
+    (tmp_path / "a.gguf").write_bytes(gguf([("a", (256,), 21, 0)], values=b"\0" * 110))
     info = read_gguf(tmp_path / "a.gguf")["a"]
-    assert (info.packed, info.nbytes) == ("Q2_K", 84)
-    with pytest.raises(CheckpointError, match="tensor a is Q2_K, which is not supported"):
+    assert (info.packed, info.nbytes) == ("IQ3_S", 110)
+    with pytest.raises(CheckpointError, match="tensor a is IQ3_S, which is not supported"):
         info.load()

@@ -250,7 +250,7 @@ def test_scales_that_do_not_fit(tmp_path, change, message):
         read_tensors(tmp_path / "a.safetensors")
 
 
-def test_two_experts_are_told_apart_by_flags(tmp_path):
+def test_two_experts_are_told_apart_by_flags_or_by_names_that_say_so(tmp_path):
     folder = tmp_path / "models"
     folder.mkdir()
     weights = {part: checkpoint_files.official_weights(part, "small-i2v-A14B") for part in ("transformer", "vae")}
@@ -262,6 +262,20 @@ def test_two_experts_are_told_apart_by_flags(tmp_path):
     (folder / "config.json").write_text(json.dumps({"num_heads": small.T2V["num_heads"]}))
     with pytest.raises(CheckpointError, match=r"several files with a transformer .* --transformer_2 FILE"):
         locate(folder)
+    for high, low_name in (
+        ("HighNoise/wan-HighNoise-Q8_0", "LowNoise/wan-LowNoise-Q8_0"),
+        ("b_high_noise", "a_low_noise"),
+    ):
+        for name, file in ((high, high_file), (low_name, low_file)):
+            (folder / name).parent.mkdir(exist_ok=True)
+            file.rename(folder / f"{name}.safetensors")
+        high_file, low_file = (folder / f"{name}.safetensors" for name in (high, low_name))
+        found = locate(folder)
+        assert (found.transformer.path, found.transformer_2.path) == (high_file, low_file)
+    odd = low_file.rename(folder / "a_low_noise_high_noise.safetensors")
+    with pytest.raises(CheckpointError, match=r"several files with a transformer .* --transformer_2 FILE"):
+        locate(folder)
+    low_file = odd.rename(low_file)
     checkpoint = locate(folder, transformer=high_file, transformer_2=low_file)
     assert (checkpoint.kind, checkpoint.transformer_config.model_type) == ("i2v-A14B", "i2v")
     assert checkpoint.spec.boundary == 0.9

@@ -41,19 +41,29 @@ def add_storage_flags(parser: argparse.ArgumentParser) -> None:
         help="values a scale: 64 (default), 32 or 128 in the mode affine, one number in the others",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a converted model that is there")
+    parser.add_argument(
+        "--upload-repo", metavar="OWNER/NAME", help="then send it to this repository of the Hugging Face Hub"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
     from mlx_wan.weights.convert import convert
 
-    write(args, lambda **options: convert(args.src, args.dst, to=args.to, **options))
+    write(args, args.src, lambda **options: convert(args.src, args.dst, to=args.to, **options))
 
 
-def write(args: argparse.Namespace, work: Callable[..., Path]) -> None:
-    """Calls `work` with the storage flags as `convert` takes them, under a progress bar, and says what came out."""
+def write(args: argparse.Namespace, source: str, work: Callable[..., Path]) -> None:
+    """Calls `work` with the storage flags as `convert` takes them, under a progress bar, and says what came out.
+
+    source: what is converted, for the model card of what is uploaded.
+    """
     import mlx.core as mx
     from tqdm import tqdm
 
+    from mlx_wan.weights.upload import check_upload, model_card, upload
+
+    if args.upload_repo is not None:
+        check_upload(args.upload_repo)
     start = time.perf_counter()
     with tqdm(unit="B", unit_scale=True, dynamic_ncols=True, disable=not sys.stderr.isatty()) as bar:
 
@@ -72,3 +82,7 @@ def write(args: argparse.Namespace, work: Callable[..., Path]) -> None:
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     print(folder)
     print(f"{size / 1e9:.2f} GB in {time.perf_counter() - start:.1f} s")
+    if args.upload_repo is not None:
+        from mlx_wan.weights.locate import locate
+
+        print(upload(folder, args.upload_repo, model_card(args.upload_repo, source, locate(folder).spec.task)))

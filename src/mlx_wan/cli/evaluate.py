@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-SUMMARY = "measure a model, or a LoRA, on clips: loss by timestep band, VAE reconstruction"
+SUMMARY = "measure a model, or a LoRA, on clips: loss by timestep band, VAE reconstruction, adherence"
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -24,6 +24,9 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--height", type=int, help="with --width: area of a clip")
     parser.add_argument("--fps", type=float, help="frames a second to which videos are resampled")
     parser.add_argument("--limit", type=int, metavar="N", help="use the first N clips")
+    parser.add_argument(
+        "--adherence", type=int, default=0, metavar="N", help="of the embedded model: judge clips of N unseen prompts"
+    )
     parser.add_argument("--cache", metavar="DIR", help="folder of encoded clips; beside the data if left out")
     parser.add_argument("--dtype", help="of computing: float32, bfloat16 or float16")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -38,6 +41,8 @@ def run(args: argparse.Namespace) -> int:
 
     if args.limit is not None and args.limit < 1:
         raise UserError(f"--limit is {args.limit}; it must be at least 1")
+    if args.adherence < 0:
+        raise UserError(f"--adherence is {args.adherence}; it must not be negative")
     recipe = FinetuneRecipe(
         model=args.model,
         data=args.data,
@@ -49,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
         cache=args.cache,
         dtype=args.dtype,
     )
-    found = evaluate(recipe, args.lora, args.limit, Encoding())
+    found = evaluate(recipe, args.lora, args.limit, Encoding(), args.adherence)
     for one in found.skipped:
         print(f"skipped {one}", file=sys.stderr)
     facts = {"model": args.model, "lora": [str(path) for path in args.lora], "data": args.data, "split": found.split}

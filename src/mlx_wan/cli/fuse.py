@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
     loras = parse_loras(args)
     if not loras:
         raise UserError("the following arguments are required: --lora")
-    write(args, lambda **options: fuse(args.model, args.out, loras, note=note, **options))
+    write(args, args.model, lambda **options: fuse(args.model, args.out, loras, note=note, **options))
 
 
 def note(text: str) -> None:

@@ -4,9 +4,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import mlx.core as mx
 
     from mlx_wan.models.transformer import WanTransformer
+    from mlx_wan.sampling import Condition
     from mlx_wan.training.plan import Plan
 
 
@@ -19,8 +22,15 @@ class Previews:
     def __init__(self, plan: "Plan"):
         self.plan = plan
 
-    def __call__(self, transformer: "WanTransformer", step: int, texts: dict[str, "mx.array"]) -> None:
-        """texts: embedding (1, text_len, text_dim) of each prompt and of the model's negative prompt."""
+    def __call__(
+        self,
+        transformer_at: "Callable[[float], WanTransformer]",
+        step: int,
+        texts: "dict[str, mx.array]",
+        shown: "list[Condition]",
+    ) -> None:
+        """texts: embedding (1, text_len, text_dim) of each prompt and of the model's negative prompt. shown: for each
+        prompt, the frames that a model of pictures goes on from."""
         import mlx.core as mx
 
         from mlx_wan.conditioning import to_uint8
@@ -28,9 +38,7 @@ class Previews:
         from mlx_wan.weights.load import load_vae
 
         recipe = self.plan.recipe
-        transformer.save_memory(False)
-        latents = [self._denoised(transformer, texts, i) for i in range(len(recipe.preview_prompts))]
-        transformer.save_memory(recipe.grad_checkpoint)
+        latents = [self._denoised(transformer_at, texts, i, known) for i, known in enumerate(shown)]
         vae = load_vae(self.plan.checkpoint)
         folder = Path(recipe.adapter_path) / "previews"
         folder.mkdir(parents=True, exist_ok=True)
@@ -38,23 +46,38 @@ class Previews:
         del vae
         mx.clear_cache()
 
-    def _denoised(self, transformer: "WanTransformer", texts: dict[str, "mx.array"], i: int) -> "mx.array":
+    def _denoised(
+        self,
+        transformer_at: "Callable[[float], WanTransformer]",
+        texts: "dict[str, mx.array]",
+        i: int,
+        known: "Condition",
+    ) -> "mx.array":
         """Latents of prompt number i."""
         from mlx_wan.sampling import Expert, denoise, initial_noise
         from mlx_wan.schedulers import make_scheduler
+        from mlx_wan.schedulers.flow import TRAIN_TIMESTEPS
 
         recipe, spec, checkpoint = self.plan.recipe, self.plan.checkpoint.spec, self.plan.checkpoint
         stride_t, stride_h, stride_w = checkpoint.vae_config.stride
         assert recipe.width and recipe.height and recipe.preview_steps and recipe.shift  # noqa: PT018  resolved
         frames = (max(recipe.num_frames) - 1) // stride_t + 1
-        shape = (1, frames, recipe.height // stride_h, recipe.width // stride_w, checkpoint.vae_config.z_dim)
+        size = (frames, recipe.height // stride_h, recipe.width // stride_w)
+        if known.channels is not None:
+            size = known.channels.shape[1:4]
         scale = spec.guidance_scale
-        assert isinstance(scale, float | int)  # a pair is of models with two experts
+
+        def expert_at(timestep: float) -> Expert:
+            low = spec.boundary is not None and timestep < spec.boundary * TRAIN_TIMESTEPS
+            here = scale[0 if low else 1] if isinstance(scale, tuple) else scale  # (low noise, high noise)
+            return Expert(transformer_at(timestep), here)
+
         steps = denoise(
-            lambda timestep: Expert(transformer, scale),
+            expert_at,
             make_scheduler(spec.scheduler, recipe.preview_steps, spec.shift),
-            initial_noise(shape, recipe.preview_seed + i),
+            initial_noise((1, *size, checkpoint.vae_config.z_dim), recipe.preview_seed + i),
             texts[recipe.preview_prompts[i]],
             texts[spec.negative_prompt],
+            known,
         )
         return list(steps)[-1].latents

@@ -5,7 +5,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -90,7 +90,8 @@ class Lora:
         return ", ".join(parts)
 
 
-def transformer_shapes(config: TransformerConfig) -> dict[str, Shape]:
+@lru_cache(maxsize=4)  # each module that is made leaves MLX's random state some 100 kB longer
+def transformer_shapes(config: TransformerConfig) -> Mapping[str, Shape]:
     """Official name -> shape of every parameter; nothing is computed."""
     parameters: dict[str, mx.array] = dict(tree_flatten(WanTransformer(config).parameters()))
     return {name: tuple(array.shape) for name, array in parameters.items()}

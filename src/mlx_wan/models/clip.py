@@ -19,7 +19,8 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 
 @dataclass(frozen=True)
 class ImageEncoderConfig:
-    """Dimensions; the defaults are the released encoder's. image_size, patch_size: sides of squares of pixels."""
+    """Dimensions; the defaults are the released encoder's. image_size, patch_size: sides of squares of pixels.
+    out_dim: of the projection, 0 where there is none."""
 
     image_size: int = 224
     patch_size: int = 14
@@ -73,7 +74,8 @@ class ImageEncoder(nn.Module):
         self.pre_norm = nn.LayerNorm(config.dim, config.eps)
         self.transformer: list[nn.Module] = [Block(config) for _ in range(config.num_layers)]
         self.post_norm = nn.LayerNorm(config.dim, config.eps)
-        self.head = mx.random.normal((config.dim, config.out_dim)) / config.dim**0.5
+        if config.out_dim:
+            self.head = mx.random.normal((config.dim, config.out_dim)) / config.dim**0.5
 
     def __call__(self, pictures: mx.array) -> mx.array:
         """(B, image_size, image_size, 3) in [-1, 1] -> (B, num_tokens, dim), in the dtype of the weights.

@@ -257,26 +257,26 @@ def _rows(
         "y": None if gate is None else y,
     }
     rows = rows_of_a_block(length, *(t.shape[1] for t in (gain, gate) if t is not None))
-    sums = ("gain", "shift") if gain is not None else ()
-    sums += ("gate",) if gate is not None else ()
+    tables = {} if gain is None else {"gain": gain, "shift": gain}
+    tables |= {} if gate is None else {"gate": gate}
     outputs = {"d_x": (x.shape, mx.float32)} | ({} if y is None else {"d_y": (y.shape, y.dtype)})
-    outputs |= {f"d_{name}": ((batch, length // rows, width), mx.float32) for name in sums}
+    outputs |= {f"d_{name}": ((batch, length // rows, width), mx.float32) for name in tables}
     add = "" if d_sum is None else _ADD_ALONE if gain is None else _ADD_AFTER_NORM
-    store = "".join(f"store_row<4>(d_{n} + (long long)blockIdx.x * WIDTH + c, {n}_sum[part]);\n" for n in sums)
-    tables = ("" if gain is None else _NORM_TABLES) + ("" if gate is None else _GATE_TABLES)
+    store = "".join(f"store_row<4>(d_{n} + (long long)blockIdx.x * WIDTH + c, {n}_sum[part]);\n" for n in tables)
+    loads = ("" if gain is None else _NORM_TABLES) + ("" if gate is None else _GATE_TABLES)
     source = (
-        _ROWS_SOURCE.replace("//TABLES", tables)
+        _ROWS_SOURCE.replace("//TABLES", loads)
         .replace("//NORM", "" if gain is None else _NORM_SOURCE)
         .replace("//ADD", add)
         .replace("//GATE", _GATE_SOURCE if gate is not None else "" if y is None else _OTHER_SOURCE)
-        .replace("//SUMS", _SUMS_SOURCE.replace("//STORE", store) if sums else "")
+        .replace("//SUMS", _SUMS_SOURCE.replace("//STORE", store) if tables else "")
     )
     name = "rows_gradient" + "".join(f"_{n}" for n, a in inputs.items() if a is not None)
     given = {n: a for n, a in inputs.items() if a is not None}
     made = launch(name, given, outputs, source, eps, 4, blocks=batch * length // rows, ROWS=rows)
     found = dict(zip(outputs, made, strict=True))
-    for n in sums:
-        found[n] = _summed(found.pop(f"d_{n}"), gate if n == "gate" else gain)
+    for n, table in tables.items():
+        found[n] = _summed(found.pop(f"d_{n}"), table)
     return found
 
 

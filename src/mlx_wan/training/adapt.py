@@ -69,15 +69,31 @@ def trainable_size(module: nn.Module) -> int:
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def adapters_name(recipe: FinetuneRecipe) -> str:
+def adapters_name(expert: str | None) -> str:
     """The file of a run's adapters; of one of two experts it says which, as ai-toolkit's files do."""
-    return ADAPTERS if recipe.expert is None else f"adapters_{recipe.expert}_noise.safetensors"
+    return ADAPTERS if expert is None else f"adapters_{expert}_noise.safetensors"
 
 
-def save_adapters(folder: Path, transformer: WanTransformer, recipe: FinetuneRecipe, step: int) -> None:
+def adapters_of_expert(file: str, expert: str | None) -> Path:
+    """The file for `expert` of two that lie beside each other, of which one is given: names as `adapters_name`'s.
+
+    UserError if the name says of neither that it is it.
+    """
+    if expert is None:
+        return Path(file)
+    path = Path(file)
+    name = re.sub("(high|low)(?=_noise)", expert, path.name)
+    if f"{expert}_noise" not in name:
+        raise UserError(f"{file}: give a file whose name has high_noise or low_noise; the other stands beside it")
+    return path.with_name(name)
+
+
+def save_adapters(
+    folder: Path, transformer: WanTransformer, recipe: FinetuneRecipe, step: int, expert: str | None
+) -> None:
     """The adapters, the same under the step's number, and adapter_config.json; keeps the newest `keep`."""
     metadata = {"step": str(step), "model": str(recipe.model)}
-    name = adapters_name(recipe)
+    name = adapters_name(expert)
     save_lora(folder / f"{step:07d}_{name}", transformer, metadata=metadata)
     save_lora(folder / name, transformer, metadata=metadata)
     config = {**asdict(recipe), "alpha": recipe.rank if recipe.alpha is None else recipe.alpha}

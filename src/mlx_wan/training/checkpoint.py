@@ -29,7 +29,7 @@ def save_state(folder: Path, step: int, state: dict[str, Any], keep: int) -> Pat
 
 
 def load_state(path: Path, like: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-    """(step, state): what `save_state` was given, evaluated, in a tree built as `like` is.
+    """(step, state): what `save_state` was given, not evaluated yet, in a tree built as `like` is.
 
     CheckpointError if the file is damaged or its names, shapes or types are not those of `like`.
     """
@@ -44,7 +44,6 @@ def load_state(path: Path, like: dict[str, Any]) -> tuple[int, dict[str, Any]]:
             f"{path} is of another configuration: {len(wrong)} arrays differ, {', '.join(wrong[:3])} among them; "
             "use the recipe it was made with or another --run folder"
         )
-    mx.eval(arrays)
     return step_of(path), tree_map_with_path(lambda name, _: arrays[name], like)
 
 

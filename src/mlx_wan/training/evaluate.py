@@ -10,9 +10,12 @@ import numpy as np
 from mlx_wan.errors import UserError
 from mlx_wan.lora.fuse import EXPERTS, Adapters
 from mlx_wan.lora.load import read_lora, transformer_shapes
+from mlx_wan.training.adherence import judge_clips, judges, make_clips
 from mlx_wan.training.cache import Cache, Cached, load_clip, load_context
+from mlx_wan.training.captions import heldout_prompts
 from mlx_wan.training.dataset import Skipped, find_sources, plan_clips, read_clip
 from mlx_wan.training.hub import open_data
+from mlx_wan.training.judge import summarise
 from mlx_wan.training.objective import psnr
 from mlx_wan.training.options import FinetuneRecipe
 from mlx_wan.training.plan import expert_sigmas, resolve, sampling, without_pictures
@@ -36,20 +39,25 @@ def evaluate(
     adapters: list[Path],
     limit: int | None,
     progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+    prompts: int = 0,
 ) -> Evaluation:
     """The losses of `validate.band_losses`, and mean PSNR (dB) and SSIM of clips that went through the VAE.
 
-    The same clips, noise and levels for every model, so that two can be compared where they share a VAE.
+    The same clips, noise and levels for every model, so that two can be compared where they share a VAE; so with the
+    prompts and noise of adherence.
 
     Args:
         recipe: model, data and how clips are cut from it.
         adapters: LoRA files, at strength 1.
         limit: of the number of clips.
+        prompts: of a model of the little world, so many held-out prompts become clips, which `judge` looks at.
 
     Raises:
         UserError, CheckpointError: the model, an adapter or the data cannot be used.
     """
     checkpoint = locate(str(recipe.model))
+    if recipe.expert == "both":
+        raise UserError("expert is 'both'; evaluate one at a time: high or low")
     recipe = resolve(recipe, checkpoint)
     dtype = DTYPES[str(recipe.dtype)]
     loras = Adapters()
@@ -67,7 +75,10 @@ def evaluate(
     if not clips:
         raise UserError(f"{recipe.data}: no clip to evaluate on{f': {skipped[0]}' if skipped else ''}")
     clips = clips[:limit]
-    texts = [clip.source.caption for clip in clips]
+    if prompts and checkpoint.spec.name != "tiny":
+        raise UserError(f"{recipe.model}: is {checkpoint.spec.name}; adherence is judged of the embedded model's kind")
+    told, negative = heldout_prompts(prompts), checkpoint.spec.negative_prompt
+    texts = [*(clip.source.caption for clip in clips), *(prompt for prompt, _ in told), negative]
     cached = Cache(Path(str(recipe.cache)), checkpoint, dtype, progress).fill(clips, texts)
     if not cached.latents:
         raise UserError(f"{recipe.data}: no clip could be encoded: {cached.skipped[0]}")
@@ -76,13 +87,21 @@ def evaluate(
     transformer = load_transformer(checkpoint, dtype, part)
     loras.install(transformer, part)
 
+    def context(text: str) -> mx.array:
+        return load_context(cached.texts[text], checkpoint.transformer_config.text_len)
+
     def example(i: int) -> tuple[dict[str, mx.array], mx.array]:
         clip, file = cached.latents[i]
-        context = load_context(cached.texts[clip.source.caption], checkpoint.transformer_config.text_len)
-        return load_clip(file), context
+        return load_clip(file), context(clip.source.caption)
 
     sigmas = expert_sigmas(checkpoint, recipe.expert)
     numbers = {**band_losses(transformer, len(cached.latents), example, sigmas), **numbers}
+    if told:
+        contexts = [context(prompt)[None] for prompt, _ in told]
+        made = make_clips(checkpoint, transformer, load_vae(checkpoint), contexts, context(negative)[None])
+        with judges() as pool:
+            rates = summarise(judge_clips(made, [scene for _, scene in told], pool))["rates"]
+        numbers |= {f"adherence_{name}": rates[name] for name in ("colour", "shape", "motion", "all")}
     return Evaluation(split, len(cached.latents), numbers, [*skipped, *cached.skipped])
 
 

@@ -11,7 +11,7 @@ from mlx_wan.errors import UserError
 TARGETS = ("q", "k", "v", "o", "ffn.0", "ffn.2")
 CHOICES = {
     "fine_tune_type": ("lora", "dora", "full"),
-    "expert": ("high", "low", None),
+    "expert": ("high", "low", "both", None),
     "optimizer": ("adamw", "adam", "muon", "lion", "adafactor", "sgd"),
     "lr_schedule": ("constant", "cosine", "linear"),
     "dtype": ("float32", "bfloat16", "float16", None),
@@ -23,7 +23,8 @@ REPORTERS = ("csv", "tensorboard")
 # What may change from one part of an interrupted run to the next: it decides no weights.
 FREE_OPTIONS = (
     "steps_per_report", "steps_per_eval", "val_batches", "save_every", "keep", "report_to", "adapter_path", "cache",
-    "preview_prompts", "preview_every", "preview_seed", "preview_steps", "data", "model",
+    "preview_prompts", "preview_every", "preview_seed", "preview_steps", "data", "model", "shard_optimizer",
+    "keep_both_experts",
 )  # fmt: skip
 
 
@@ -43,7 +44,9 @@ class FinetuneRecipe:
     adapter_path: str = _option("adapters", "folder of the run: adapters, states, log")
 
     fine_tune_type: str = _option("lora", "lora, dora or full")
-    expert: str | None = _option(None, "high or low: which of an A14B model's two is trained; one at a time")
+    expert: str | None = _option(None, "high, low or both: which of an A14B model's two is trained")
+    switch_every: int = _option(50, "expert both: steps of one before it is the other's turn")
+    keep_both_experts: bool = _option(False, "expert both: keep both in memory, instead of loading each for its turn")
     rank: int = _option(32, "of the adapters")
     alpha: float | None = _option(None, "adapters are scaled by alpha/rank; rank, a scale of 1, if left out")
     targets: tuple[str, ...] = _option(TARGETS, "which matrices get adapters, by the ends of their official names")
@@ -64,6 +67,7 @@ class FinetuneRecipe:
     grad_checkpoint: bool = _option(False, "compute blocks twice, to keep less in memory")
     dtype: str | None = _option(None, "of computing: float32, bfloat16 or float16; trained weights are float32")
     compile: bool | None = _option(None, "one compiled step for each bucket; on Metal unless told otherwise")
+    shard_optimizer: bool = _option(False, "of several processes each keeps its share of the optimizer's state alone")
     seed: int = _option(0, "of weights, order and noise")
     spike_factor: float = _option(10.0, "stop if a loss is so many times the running mean; 0: never")
 
@@ -113,7 +117,7 @@ class FinetuneRecipe:
             if getattr(self, name) < 1 and getattr(self, name) != -1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1, or -1 for all")
         self._at_least(1, "rank", "windows", "steps_per_report", "steps_per_eval", "save_every", "keep")
-        self._at_least(1, "preview_every", "preview_steps", "width", "height", "iters")
+        self._at_least(1, "switch_every", "preview_every", "preview_steps", "width", "height", "iters")
         self._at_least(0, "window_stride", "preview_seed")
         self._above_0("alpha", "fps", "shift", "logit_std")
         self._share("caption_dropout", "image_to_video")
@@ -127,6 +131,22 @@ class FinetuneRecipe:
             raise UserError("give both width and height, or neither")
         if self.fine_tune_type == "full" and self.resume_adapter_file:
             raise UserError("resume_adapter_file is for lora and dora; give the model itself as model")
+
+        if self.expert == "both":
+            self._check_turns()
+
+    def _check_turns(self) -> None:
+        if self.iters <= self.switch_every:
+            raise UserError(
+                f"iters is {self.iters} and switch_every {self.switch_every}: the second expert would have no turn"
+            )
+        if self.fine_tune_type == "full" and not self.keep_both_experts:
+            raise UserError("full fine-tuning of both experts has both in memory; add keep_both_experts, or train one")
+
+    @property
+    def experts(self) -> tuple[str | None, ...]:
+        """Whom it trains: "high" and "low" in the order of their turns, or one; None: a model without experts."""
+        return ("high", "low") if self.expert == "both" else (self.expert,)
 
     def _at_least(self, least: int, *names: str) -> None:
         for name in names:

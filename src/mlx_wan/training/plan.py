@@ -15,10 +15,17 @@ from mlx_wan.conditioning import KNOWN_FRAMES
 from mlx_wan.errors import UserError
 from mlx_wan.lora.fuse import EXPERTS, expert_part
 from mlx_wan.models.transformer import TransformerConfig, WanTransformer
-from mlx_wan.training.adapt import adapters_name, make_trainable, trainable_size
+from mlx_wan.training.adapt import (
+    adapters_name,
+    adapters_of_expert,
+    load_adapters,
+    make_trainable,
+    trainable_size,
+)
 from mlx_wan.training.buckets import Bucket
 from mlx_wan.training.dataset import Clip, Sampling, Skipped, Source, find_sources, plan_clips
 from mlx_wan.training.hub import default_cache, open_data
+from mlx_wan.training.joint import Turns
 from mlx_wan.training.options import FinetuneRecipe
 from mlx_wan.training.trainer import DTYPES, TrainConfig
 from mlx_wan.weights.load import Checkpoint, locate
@@ -80,8 +87,25 @@ class Plan:
             save_every=recipe.save_every,
             keep=recipe.keep,
             compile=bool(recipe.compile),
+            shard_optimizer=recipe.shard_optimizer,
             spike_factor=recipe.spike_factor,
         )
+
+    def of(self, expert: str | None) -> "Plan":
+        """The part of it that trains one of the experts: itself, or its turns where it trains both."""
+        if expert == self.recipe.expert:
+            return self
+        recipe = self.recipe
+        start = recipe.resume_adapter_file and str(adapters_of_expert(recipe.resume_adapter_file, expert))
+        own = replace(
+            recipe, expert=expert, iters=self.turns.made(str(expert), recipe.iters), resume_adapter_file=start
+        )
+        return replace(self, recipe=own)
+
+    @property
+    def turns(self) -> Turns:
+        """Whose turn a step is, where both experts are trained."""
+        return Turns(tuple(map(str, self.recipe.experts)), self.recipe.switch_every)
 
     @property
     def part(self) -> str:
@@ -130,12 +154,16 @@ class Plan:
         ]
 
     def _expert_lines(self) -> list[str]:
-        recipe = self.recipe
-        if recipe.expert is None:
-            return []
-        low, high = (1000 * sigma for sigma in self.sigmas)
-        file = "model" if recipe.fine_tune_type == "full" else adapters_name(recipe)
-        return [f"expert: {recipe.expert} noise, timesteps {low:g} to {high:g}, written to {file}"]
+        recipe, lines = self.recipe, []
+        for expert in filter(None, recipe.experts):
+            low, high = (1000 * sigma for sigma in expert_sigmas(self.checkpoint, expert))
+            file = "model" if recipe.fine_tune_type == "full" else adapters_name(expert)
+            turns = f", {self.of(expert).recipe.iters} steps" if recipe.expert == "both" else ""
+            lines.append(f"expert: {expert} noise, timesteps {low:g} to {high:g}{turns}, written to {file}")
+        if recipe.expert == "both":
+            where = "both in memory" if recipe.keep_both_experts else "one in memory at a time"
+            lines.append(f"turns: {recipe.switch_every} steps each, {where}")
+        return lines
 
 
 def expert_sigmas(checkpoint: Checkpoint, expert: str | None) -> tuple[float, float]:
@@ -171,12 +199,17 @@ def make_plan(recipe: FinetuneRecipe) -> Plan:
     if checkpoint.quantization is not None:
         quantize_module(transformer, "transformer", checkpoint.quantization)
     make_trainable(transformer, recipe)
-    plan = Plan(recipe, checkpoint, clips, held_out, skipped, trainable_size(transformer), 0, {}, 0)
-    _ = plan.train  # its checks
+    trained = trainable_size(transformer) * len(recipe.experts)
+    plan = Plan(recipe, checkpoint, clips, held_out, skipped, trained, 0, {}, 0)
+    for expert in recipe.experts:
+        own = plan.of(expert)
+        _ = own.train  # its checks
+        if own.recipe.resume_adapter_file:
+            load_adapters(Path(own.recipe.resume_adapter_file), transformer)  # its shapes; no value is read
     largest = max((clip.bucket for clip in clips), key=lambda b: b.frames * b.width * b.height)
     return replace(
         plan,
-        total=_total(checkpoint) + (0 if recipe.fine_tune_type == "full" else plan.trained),
+        total=_total(checkpoint) * len(recipe.experts) + (0 if recipe.fine_tune_type == "full" else plan.trained),
         memory=training_memory(plan, transformer, largest),
         encoding=max(
             _stored(checkpoint, "text_encoder"), _stored(checkpoint, "vae") + _stored(checkpoint, "image_encoder")
@@ -222,13 +255,12 @@ def check_model(recipe: FinetuneRecipe, checkpoint: Checkpoint) -> None:
     spec = checkpoint.spec
     if spec.task == "vace":
         raise UserError(f"{recipe.model}: is {spec.name}, whose control branch is not trained here; use another model")
-    expert_part(checkpoint, recipe.expert)  # refuses a word for models that have no experts
+    for expert in recipe.experts:
+        expert_part(checkpoint, expert)  # refuses a word for models that have no experts
     if spec.boundary is not None and recipe.expert is None:
-        raise UserError(
-            f"{recipe.model}: is {spec.name}, which has two experts; give expert high or low, one at a time"
-        )
-    if recipe.preview_prompts and (spec.boundary is not None or spec.task in KNOWN_FRAMES):
-        raise UserError(f"preview_prompts: what is trained of {spec.name} makes no video of a prompt; leave them out")
+        raise UserError(f"{recipe.model}: is {spec.name}, which has two experts; give expert high, low or both")
+    if recipe.preview_prompts and spec.boundary is not None and recipe.expert != "both":
+        raise UserError("preview_prompts: one expert alone makes no video; train both, or leave them out")
 
 
 def without_pictures(sources: list[Source], checkpoint: Checkpoint) -> tuple[list[Source], list[Skipped]]:
@@ -293,9 +325,12 @@ def training_memory(plan: Plan, transformer: WanTransformer, bucket: Bucket) -> 
     base = sum(a.size * (dtype if mx.issubdtype(a.dtype, mx.floating) else a.dtype.size) for a in frozen)
     averages = 4 if recipe.ema_decay else 0
     sums = 4 if recipe.grad_accumulation_steps > 1 else 0
+    processes = mx.distributed.init().size() if recipe.shard_optimizer else 1
+    kept = averages + _OPTIMIZER_BYTES[recipe.optimizer] / processes
+    experts = len(recipe.experts)  # each keeps its state; gradients are of the one whose turn it is
     return {
-        "weights": base + 4 * plan.trained,
-        "gradients and optimizer": plan.trained * (4 + sums + averages + _OPTIMIZER_BYTES[recipe.optimizer]),
+        "weights": base * (experts if recipe.keep_both_experts else 1) + 4 * plan.trained,
+        "gradients and optimizer": round(plan.trained * (kept + (4 + sums) / experts)),
         "activations": recipe.batch_size * activations(plan.checkpoint, bucket, recipe.grad_checkpoint, dtype),
     }
 

@@ -24,7 +24,8 @@ from mlx_wan.zoo import SAMPLING_TYPES
 RUN_FILE = "run.json"
 # A run may go on with other values of these: they leave its weights alone.
 _FREE = ("train.report_every", "train.eval_every", "train.save_every", "train.keep", "validation_clips", "sampling.")
-_FREE += tuple(f"finetune.{name}" for name in FREE_OPTIONS)
+_FREE += ("train.shard_optimizer", *(f"finetune.{name}" for name in FREE_OPTIONS))
+_SECTIONS = {"train": TrainConfig, "finetune": FinetuneRecipe}
 
 
 @dataclass(frozen=True)
@@ -281,9 +282,10 @@ def check_same_run(folder: Path, facts: dict[str, Any]) -> None:
         raise UserError(
             f"{path} cannot be read; remove it to go on without checking that the recipe is the same"
         ) from None
-    # A key of `train` that is younger than the run had its default then.
+    # A key that is younger than the run had its default then.
     now = _leaves(facts)
-    defaults = {name: field.default for field in fields(TrainConfig) if (name := f"train.{field.name}") in now}
+    keys = [(section, field) for section, cls in _SECTIONS.items() for field in fields(cls)]
+    defaults = {name: field.default for section, field in keys if (name := f"{section}.{field.name}") in now}
     then = defaults | _leaves(before)
     changed = [name for name in {**then, **now} if then.get(name) != now.get(name) and not name.startswith(_FREE)]
     if changed:

@@ -6,12 +6,7 @@ Under `mlx.launch -n N` every process takes its own batches, gradients are avera
 many batches make a step is the run's, whatever the number of processes that go on with it.
 """
 
-import json
 import math
-import os
-import signal
-import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,12 +18,13 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_map, tree_map_with_path
 
-from mlx_wan.errors import CheckpointError, UserError, WanError
-from mlx_wan.training.checkpoint import damaged_states, load_state, newest_state, save_state
+from mlx_wan.errors import UserError, WanError
+from mlx_wan.training.checkpoint import newest_state
+from mlx_wan.training.loop import Batch, Loop, Numbers, Row, number
 from mlx_wan.training.muon import BatchedMuon
+from mlx_wan.training.shares import Shares
+from mlx_wan.weights.whole import flat
 
-Batch = dict[str, mx.array]
-Numbers = dict[str, mx.array]
 # (model, batch, key) -> loss, and named numbers for the log; an array (B,) among them holds the loss of each clip.
 Loss = Callable[[nn.Module, Batch, mx.array], tuple[mx.array, Numbers]]
 SPIKE_AFTER = 20  # steps, before which there is no telling what a spike is
@@ -45,8 +41,9 @@ class TrainConfig:
     OPTIMIZERS. grad_clip: largest gradient norm. ema_decay: of the exponential moving average of the weights, which is
     what gets exported; it is smaller in the first steps, whose weights would linger otherwise; 0 exports the weights
     themselves. compute_dtype: of weights and activations inside the loss. *_every: in steps. keep: how many states stay
-    on disk. compile: the whole step; compile_update: without it, at least what follows the gradients. spike_factor: a
-    loss of so many times the running mean stops the run; 0 lets it pass.
+    on disk. compile: the whole step; compile_update: without it, at least what follows the gradients. shard_optimizer:
+    of several processes each keeps the optimizer's state of its share of the weights alone. spike_factor: a loss of so
+    many times the running mean stops the run; 0 lets it pass.
     """
 
     steps: int
@@ -69,6 +66,7 @@ class TrainConfig:
     keep: int = 2
     compile: bool = True
     compile_update: bool = False
+    shard_optimizer: bool = False
     spike_factor: float = 0.0
 
     def __post_init__(self) -> None:
@@ -182,53 +180,7 @@ def _steps_of(optimizer: optim.Optimizer) -> mx.array:
     return optimizer.optimizers[0].step if isinstance(optimizer, optim.MultiOptimizer) else optimizer.step
 
 
-def _number(array: mx.array) -> float:
-    value = array.item()
-    if isinstance(value, complex):
-        raise TypeError("a loss must be real")
-    return float(value)
-
-
-class _Clock:
-    """Steps a second since it was made or last asked."""
-
-    def __init__(self, step: int):
-        self.step, self.time = step, time.perf_counter()
-
-    def rate(self, step: int) -> float:
-        steps, self.step = step - self.step, step
-        seconds, self.time = time.perf_counter() - self.time, time.perf_counter()
-        return steps / seconds
-
-
-class _Signals:
-    """Holds SIGINT and SIGTERM back while a step is under way: a state saved in its middle would be of no step.
-
-    The first signal sets `asked`; a second one raises KeyboardInterrupt at once. A context manager; in any thread but
-    the main one, which gets the signals, it does nothing.
-    """
-
-    def __init__(self) -> None:
-        self.asked = False
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> "_Signals":
-        if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _ask(self, *_: object) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-        os.write(2, b"stopping: finishing this step and saving its state (again to stop at once)\n")
-
-
-class Trainer:
+class Trainer(Loop):
     """Trains `model` in place.
 
     Args:
@@ -254,8 +206,8 @@ class Trainer:
         names: Callable[[int], Sequence[str]] = lambda index: (),
         processes: int | None = None,
     ):
-        self.model, self.config, self.folder, self._names = model, config, folder, names
-        self.world = mx.distributed.init()
+        super().__init__(config, folder)
+        self.model, self._names = model, names
         self.batches_a_step = config.grad_accumulation_steps * (processes or self.world.size())
         if self.world.size() > self.batches_a_step:
             raise UserError(
@@ -263,19 +215,22 @@ class Trainer:
                 f"go on with {self.batches_a_step} or fewer"
             )
         self.optimizer = make_optimizer(config)
-        self.optimizer.init(model.trainable_parameters())
+        weights = model.trainable_parameters()
+        shared = config.shard_optimizer and self.world.size() > 1
+        self.shares = Shares(weights, self.world) if shared else None
+        self.optimizer.init(self.shares.of(weights) if self.shares else weights)
         self.ema = {"weights": self._average(None)}
-        self.step, self._mean_loss, self._seen = 0, 0.0, 0
+        self._mean_loss, self._seen = 0.0, 0
         self._value_and_grad = nn.value_and_grad(model, in_compute_dtype(loss, config.dtype, float32))
-        mx.eval(self._arrays())
+        mx.eval(self.arrays())
         self._make_steps()
 
-    def _arrays(self) -> list[Any]:
+    def arrays(self) -> list[Any]:
         return [self.model.state, self.optimizer.state, self.ema]
 
     def _make_steps(self) -> None:
         """The parts of a step, compiled over the trees of arrays as they are now."""
-        arrays, whole = self._arrays(), self.config.compile
+        arrays, whole = self.arrays(), self.config.compile
 
         def compiled(function: Callable, wanted: bool) -> Callable:
             return mx.compile(function, arrays, arrays) if wanted else function
@@ -297,7 +252,11 @@ class Trainer:
         """Changes weights, optimizer and average by the gradients; returns their norm before clipping."""
         grads = nn.average_gradients(grads, self.world)
         grads, norm = optim.clip_grad_norm(grads, self.config.grad_clip)
-        self.optimizer.update(self.model, grads)
+        if self.shares is None:
+            self.optimizer.update(self.model, grads)
+        else:
+            self.optimizer.update(self.model, self.shares.of(grads))
+            self.model.update(self.shares.exchanged(self.model.trainable_parameters()))
         self.ema["weights"] = self._average(self.ema["weights"])
         return norm
 
@@ -312,10 +271,6 @@ class Trainer:
         return tree_map(lambda e, w: decay * e + (1 - decay) * w, before, weights)
 
     def advance(self, batch_at: Callable[[int], Batch]) -> Numbers:
-        """One step from as many batches as it takes; its numbers, means over the batches, not evaluated yet.
-
-        `fit` does this and all around it.
-        """
         batches = self._batches(self.step)
         keys = [mx.random.key(self.config.seed * 1_000_003 + index) for index in batches]
         if self.batches_a_step == self.world.size():
@@ -335,118 +290,69 @@ class Trainer:
         count = self.batches_a_step
         return list(range(step * count + self.world.rank(), (step + 1) * count, self.world.size()))
 
+    def checked(self, numbers: Numbers, step: int, called: int | None = None) -> Row:
+        """As in `Loop`; values of single clips are for the message alone. called: the step's number in it, from 1."""
+        row = {name: number(value) for name, value in numbers.items() if value.ndim == 0}
+        clips = next((np.array(value) for value in numbers.values() if value.ndim), np.zeros(0))
+        where = step, step + 1 if called is None else called
+        bad = [name for name, value in row.items() if not math.isfinite(value)]
+        if bad:
+            self._stop(f"{bad[0]} is {row[bad[0]]}", *where, ~np.isfinite(clips), "use compute_dtype float32")
+        loss, limit = row["loss"], self.config.spike_factor * self._mean_loss
+        if self._seen >= SPIKE_AFTER and 0 < limit < loss:
+            what = f"loss is {loss:.4g}, and was {self._mean_loss:.4g} on average"
+            self._stop(what, *where, clips == clips.max(initial=0.0), "raise spike_factor")
+        self._seen += 1
+        self._mean_loss += (loss - self._mean_loss) * max(0.02, 1 / self._seen)
+        return row
+
+    def _stop(self, what: str, step: int, called: int, guilty: np.ndarray, other: str) -> NoReturn:
+        names = [name for index in self._batches(step) for name in self._names(index)]
+        if guilty.any() and len(guilty) == len(names):
+            names = [name for name, at_fault in zip(names, guilty, strict=True) if at_fault]
+        where = f" (at {'; '.join(names[:4])})" if names else ""
+        raise WanError(
+            f"{what} at step {called}{where}: training stopped; the last good state is "
+            f"{newest_state(self.folder) or 'none'}; lower the learning rate or {other}"
+        )
+
+    def measured(self, evaluate: Callable[[nn.Module], Row]) -> Row:
+        return self.with_averaged_weights(evaluate)
+
+    def facts(self) -> Row:
+        clips = self.config.batch_size * self.batches_a_step
+        return {"learning_rate": number(self.optimizer.learning_rate), "clips_a_step": clips}
+
     def state(self) -> dict[str, Any]:
-        """All that a later run needs to go on."""
-        state = {"model": self.model.trainable_parameters(), "optimizer": self.optimizer.state}
+        return self._state(self._optimizer_state())
+
+    def outline(self) -> dict[str, Any]:
+        return self._state(self._whole_optimizer().state if self.shares else self.optimizer.state)
+
+    def _state(self, optimizer: dict[str, Any]) -> dict[str, Any]:
+        state = {"model": self.model.trainable_parameters(), "optimizer": optimizer}
         return state | ({"ema": self.ema["weights"]} if self.config.ema_decay else {})
 
-    def resume(self) -> bool:
-        """Takes up the newest whole state in the folder; False if there is none at all.
+    def _whole_optimizer(self) -> optim.Optimizer:
+        """One with the state of all weights, never evaluated."""
+        whole = make_optimizer(self.config)
+        whole.init(self.model.trainable_parameters())
+        return whole
 
-        CheckpointError if there are only damaged ones, or if it is of another configuration. UserError if other
-        processes found another state.
-        """
-        path = newest_state(self.folder)
-        if path is None and (damaged := damaged_states(self.folder)):
-            raise CheckpointError(f"{damaged[-1]} is damaged and there is no whole state; remove it to start again")
-        if path is not None:
-            self.step, state = load_state(path, self.state())
-        self._agree_on_step()
-        if path is None:
-            return False
+    def _optimizer_state(self) -> dict[str, Any]:
+        if self.shares is None:
+            return self.optimizer.state
+        nothing = make_optimizer(self.config)
+        nothing.init({})
+        return self.shares.joined(self.optimizer.state, self._whole_optimizer().state, flat(nothing.state))
+
+    def restore(self, state: dict[str, Any]) -> None:
         self.model.update(state["model"])
-        self.optimizer.state = state["optimizer"]
+        arrays = flat(state["optimizer"])  # of which a share may be enough
+        self.optimizer.state = tree_map_with_path(lambda name, _: arrays[name], self.optimizer.state)
         self.ema["weights"] = state["ema"] if self.config.ema_decay else self.model.trainable_parameters()
+        mx.eval(self.arrays())
         self._make_steps()  # the ones before hold on to the trees they were made with
-        return True
-
-    def _agree_on_step(self) -> None:
-        step = mx.array(self.step)
-        low, high = (f(step, group=self.world).item() for f in (mx.distributed.all_min, mx.distributed.all_max))
-        if low != high:
-            raise UserError(
-                f"the processes found states of different steps ({low} and {high}) in {self.folder}; "
-                "copy the folder of the first process to every machine"
-            )
-
-    def save(self) -> None:
-        """Writes the state of this moment, in the first process."""
-        if self.is_first:
-            save_state(self.folder, self.step, self.state(), self.config.keep)
-
-    def fit(
-        self,
-        batch_at: Callable[[int], Batch],
-        evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
-        report: Callable[[dict[str, float]], None] = lambda row: None,
-        saving: Callable[[int], None] = lambda step: None,
-        visit: Callable[[int], bool] = lambda step: False,
-    ) -> None:
-        """Runs from the current step to the last.
-
-        SIGINT or SIGTERM, in any of the processes, lets the step end, writes a state and raises KeyboardInterrupt. A
-        loss that is not finite, or spikes, stops with the states of before kept.
-
-        Args:
-            batch_at: batch number i; the same number must give the same batch.
-            evaluate: numbers of the averaged model, every `eval_every` steps and at the end.
-            report: gets each row that goes to the log.
-            saving: called with the step in the first process, before its state is written.
-            visit: called after every step in the first process; True: it took time, which the log's rates leave out.
-        """
-        config, clock, stop, unread = self.config, _Clock(self.step), None, None
-        self._trim_log()
-        with _Signals() as signals:
-            while self.step < config.steps:
-                numbers = self.advance(batch_at)
-                stop, stop_before = self._share(signals.asked), stop
-                mx.async_eval(numbers, self._arrays(), stop)
-                if unread is not None:
-                    self._checked(unread)  # a step behind: nobody waits for the one under way
-                self.step, unread = self.step + 1, numbers
-                stopping = self._agreed(signals.asked, stop_before)
-                if self._due(config.report_every) or self._due(config.save_every) or stopping:
-                    row, unread = self._checked(numbers), None
-                    if self._due(config.report_every):
-                        self._log({**row, **self._pace(clock)}, report)
-                if evaluate and self._due(config.eval_every) and self.is_first:
-                    self._log(self.with_averaged_weights(evaluate), report)
-                    clock = _Clock(self.step)
-                if self.is_first and visit(self.step):
-                    clock = _Clock(self.step)
-                if self._due(config.save_every) or stopping:
-                    if self.is_first:
-                        saving(self.step)
-                    self.save()
-                if stopping:
-                    raise KeyboardInterrupt
-
-    def _pace(self, clock: "_Clock") -> dict[str, float]:
-        rate, config = clock.rate(self.step), self.config
-        return {
-            "learning_rate": _number(self.optimizer.learning_rate),
-            "steps_per_s": rate,
-            "clips_per_s": rate * config.batch_size * self.batches_a_step,
-            "peak_gib": mx.get_peak_memory() / 2**30,
-        }
-
-    def _share(self, asked: bool) -> mx.array:
-        return mx.distributed.all_sum(mx.array(int(asked)), group=self.world)
-
-    def _agreed(self, asked: bool, stop: mx.array | None) -> bool:
-        # Alone, one's own wish counts. Together all must stop at the same step or wait for each other for ever: they
-        # go by what they told each other a step ago, which is there without waiting.
-        if self.world.size() == 1:
-            return asked
-        return stop is not None and _number(stop) > 0
-
-    @property
-    def is_first(self) -> bool:
-        """Whether this process is the one that writes."""
-        return self.world.rank() == 0
-
-    def _due(self, every: int) -> bool:
-        return self.step % every == 0 or self.step == self.config.steps
 
     def with_averaged_weights(self, function: Callable[[Any], Any]) -> Any:
         """function(model) while the model holds the moving average of its weights."""
@@ -456,60 +362,3 @@ class Trainer:
             return function(self.model)
         finally:
             self.model.update(weights)
-
-    def _checked(self, numbers: Numbers) -> dict[str, float]:
-        """The numbers of the step before `self.step`; WanError if one is not finite or the loss spikes.
-
-        Not finite: then the weights are not either. Values of single clips are for the message alone.
-        """
-        row = {name: _number(value) for name, value in numbers.items() if value.ndim == 0}
-        clips = next((np.array(value) for value in numbers.values() if value.ndim), np.zeros(0))
-        bad = [name for name, value in row.items() if not math.isfinite(value)]
-        if bad:
-            self._stop(f"{bad[0]} is {row[bad[0]]}", ~np.isfinite(clips), "use compute_dtype float32")
-        loss, limit = row["loss"], self.config.spike_factor * self._mean_loss
-        if self._seen >= SPIKE_AFTER and 0 < limit < loss:
-            what = f"loss is {loss:.4g}, and was {self._mean_loss:.4g} on average"
-            self._stop(what, clips == clips.max(initial=0.0), "raise spike_factor")
-        self._seen += 1
-        self._mean_loss += (loss - self._mean_loss) * max(0.02, 1 / self._seen)
-        return row
-
-    def _stop(self, what: str, guilty: np.ndarray, other: str) -> NoReturn:
-        names = [name for index in self._batches(self.step - 1) for name in self._names(index)]
-        if guilty.any() and len(guilty) == len(names):
-            names = [name for name, at_fault in zip(names, guilty, strict=True) if at_fault]
-        where = f" (at {'; '.join(names[:4])})" if names else ""
-        raise WanError(
-            f"{what} at step {self.step}{where}: training stopped; the last good state is "
-            f"{newest_state(self.folder) or 'none'}; lower the learning rate or {other}"
-        )
-
-    def _trim_log(self) -> None:
-        """Drops what the log says of steps that will be done again, and a line that was cut short."""
-        path = self.folder / "log.jsonl"
-        if not self.is_first or not path.exists():
-            return
-        kept = []
-        for line in path.read_text().splitlines():
-            try:
-                if json.loads(line)["step"] <= self.step:
-                    kept.append(line + "\n")
-            except (ValueError, KeyError, TypeError):
-                continue
-        partial_log = path.with_name(".log.jsonl.partial")
-        partial_log.write_text("".join(kept))
-        partial_log.replace(path)
-
-    def _log(self, row: dict[str, float], report: Callable[[dict[str, float]], None]) -> None:
-        if not self.is_first:
-            return
-        row = {"step": self.step, **row}
-        path = self.folder / "log.jsonl"
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-        except OSError as error:
-            raise WanError(f"{path}: cannot be written ({error.strerror}); go on with --resume") from None
-        report(row)

@@ -114,9 +114,11 @@ DIFFUSERS = Layout(
 DIFFUSERS_EXPERTS = replace(
     DIFFUSERS, files={**DIFFUSERS.files, "transformer_2": _either("transformer_2/diffusion_pytorch_model")}
 )
+DIFFUSERS_IMAGE = replace(DIFFUSERS, files={**DIFFUSERS.files, "image_encoder": _either("image_encoder/model")})
 # Files of any names, told by what is in them: ComfyUI's folders, GGUF, or parts given one by one.
 SINGLE_FILES = Layout("single files", {}, TURN, configs={})
-LAYOUTS = (NATIVE, WAN22_MLX, OFFICIAL, OFFICIAL_21, OFFICIAL_21_I2V, OFFICIAL_EXPERTS, DIFFUSERS, DIFFUSERS_EXPERTS)
+LAYOUTS = (NATIVE, WAN22_MLX, OFFICIAL, OFFICIAL_21, OFFICIAL_21_I2V, OFFICIAL_EXPERTS)
+LAYOUTS += (DIFFUSERS, DIFFUSERS_EXPERTS, DIFFUSERS_IMAGE)
 
 
 def layout_for(names: Collection[str], config: Mapping[str, Any]) -> Layout | None:
@@ -132,13 +134,18 @@ def layout_for(names: Collection[str], config: Mapping[str, Any]) -> Layout | No
         extra = config["mlx_wan"]
         return native_layout(extra if isinstance(extra, dict) else {})
     if INDEX in names:
-        return DIFFUSERS_EXPERTS if has("transformer_2") else DIFFUSERS
+        return diffusers_layout(has("transformer_2"), has("image_encoder"))
     if any(map(has, EXPERT_FOLDERS.values())):
         return OFFICIAL_EXPERTS
     for layout in (WAN22_MLX, official_layout(names, config), NATIVE):
         if any(name in names for part, files in layout.files.items() if part != "tokenizer" for name in files):
             return layout
     return None
+
+
+def diffusers_layout(experts: bool, image_encoder: bool) -> Layout:
+    """The Diffusers layout of a model with these parts; none has both."""
+    return DIFFUSERS_EXPERTS if experts else DIFFUSERS_IMAGE if image_encoder else DIFFUSERS
 
 
 def official_layout(names: Collection[str], config: Mapping[str, Any]) -> Layout:

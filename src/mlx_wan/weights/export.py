@@ -10,9 +10,18 @@ import mlx.core as mx
 
 from mlx_wan.errors import UserError
 from mlx_wan.models.vae22 import VAEConfig
-from mlx_wan.weights.checkpoint import DIFFUSERS, OFFICIAL, OFFICIAL_21, OFFICIAL_EXPERTS, Checkpoint, Layout
+from mlx_wan.weights.checkpoint import OFFICIAL, OFFICIAL_21, OFFICIAL_EXPERTS, Checkpoint, Layout, diffusers_layout
+from mlx_wan.weights.clip import separated
 from mlx_wan.weights.diffusers import write_configs
-from mlx_wan.weights.layouts import DIFFUSERS_TRANSFORMER, DIFFUSERS_VAE, HF_TEXT_ENCODER, Dialect
+from mlx_wan.weights.layouts import (
+    DIFFUSERS_TRANSFORMER,
+    DIFFUSERS_VAE,
+    DIFFUSERS_VAE21,
+    HF_IMAGE_ENCODER,
+    HF_TEXT_ENCODER,
+    Dialect,
+    nested,
+)
 from mlx_wan.weights.layouts import OFFICIAL as OFFICIAL_NAMES
 from mlx_wan.weights.pickles import STORAGE_DTYPES
 from mlx_wan.weights.save import replacing, tensor_bytes, write_json, write_sharded
@@ -57,20 +66,24 @@ def write_official(folder: Path, checkpoint: Checkpoint, parts: Parts, max_shard
 
 
 def write_diffusers(folder: Path, checkpoint: Checkpoint, parts: Parts, max_shard_bytes: int) -> None:
-    """The repository `WanPipeline.from_pretrained` of diffusers reads; model_index.json is written last.
-
-    Raises UserError for a model of another kind than TI2V.
-    """
+    """The repository that diffusers' pipeline of such a model reads; model_index.json is written last."""
+    layout = diffusers_layout(checkpoint.transformer_2 is not None, checkpoint.image_encoder is not None)
+    files = _first_files(layout)
     vae = checkpoint.vae_config
-    if not isinstance(vae, VAEConfig):
-        raise UserError(f"{checkpoint.spec.name}: only TI2V models can be written in the Diffusers layout")
-    files = _first_files(DIFFUSERS)
-    dialects = {"transformer": DIFFUSERS_TRANSFORMER, "text_encoder": HF_TEXT_ENCODER, "vae": DIFFUSERS_VAE}
-    for part, dialect in dialects.items():
-        _write_shards(folder / files[part], parts[part], dialect, max_shard_bytes)
+    dialects = {
+        **dict.fromkeys(("transformer", "transformer_2"), DIFFUSERS_TRANSFORMER),
+        "text_encoder": HF_TEXT_ENCODER,
+        "image_encoder": HF_IMAGE_ENCODER,
+        "vae": DIFFUSERS_VAE if isinstance(vae, VAEConfig) else DIFFUSERS_VAE21,
+    }
+    for part, tensors in parts.items():
+        if part == "image_encoder":
+            tensors = separated(tensors)
+        elif part == "vae" and not isinstance(vae, VAEConfig):
+            tensors = [replace(info, name=nested(info.name, vae.num_res_blocks)) for info in tensors]
+        _write_shards(folder / files[part], tensors, dialects[part], max_shard_bytes)
     _write_tokenizer(folder / files["tokenizer"], checkpoint)
-    configs = write_configs(checkpoint.transformer_config, checkpoint.text_encoder_config, vae, checkpoint.spec)
-    for name, content in configs.items():
+    for name, content in write_configs(checkpoint).items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         write_json(folder / name, content)
 

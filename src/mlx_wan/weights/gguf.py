@@ -77,6 +77,22 @@ def _q8_0(blocks: Blocks) -> np.ndarray:
     return _half(blocks, 0) * blocks[:, 2:].view(np.int8).astype(np.float32)
 
 
+def _q2_k(blocks: Blocks) -> np.ndarray:
+    """Scale and minimum of a run of 16 are the halves of one byte."""
+    runs, values = blocks[:, :16], _bits(blocks[:, 16:80], 32, 2).reshape(-1, 16, 16).astype(np.float32)
+    scale = _half(blocks, 80) * (runs & 15).astype(np.float32)
+    minimum = _half(blocks, 82) * (runs >> 4).astype(np.float32)
+    return (scale[:, :, None] * values - minimum[:, :, None]).reshape(-1, 256)
+
+
+def _q3_k(blocks: Blocks) -> np.ndarray:
+    """The third bit of each value stands apart. Sixteen scales of 6 bits: their lower four, then their upper two."""
+    values = _bits(blocks[:, 32:96], 32, 2) | (_bits(blocks[:, :32], 32, 1) << 2)
+    scales = _nibbles(blocks[:, 96:104], 8) | (_bits(blocks[:, 104:108], 4, 2) << 4)
+    scale = _half(blocks, 108) * (scales.astype(np.float32) - 32)
+    return (scale[:, :, None] * (values.reshape(-1, 16, 16).astype(np.float32) - 4)).reshape(-1, 256)
+
+
 def _k_scales(blocks: Blocks) -> tuple[np.ndarray, np.ndarray]:
     """Scale and minimum, each (n, 8, 1), of the eight runs of a Q4_K or Q5_K block.
 
@@ -111,6 +127,21 @@ def _q6_k(blocks: Blocks) -> np.ndarray:
     return (scale[:, :, None] * (values.reshape(-1, 16, 16).astype(np.float32) - 32)).reshape(-1, 256)
 
 
+# What the four bits of the "non-linear" formats stand for.
+LEVELS = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32)
+
+
+def _iq4_nl(blocks: Blocks) -> np.ndarray:
+    return _half(blocks, 0) * LEVELS[_nibbles(blocks[:, 2:], 16)]
+
+
+def _iq4_xs(blocks: Blocks) -> np.ndarray:
+    """Eight scales of 6 bits: upper two in bytes 2 and 3, lower four in the four after them."""
+    scales = _nibbles(blocks[:, 4:8], 1) | (_bits(blocks[:, 2:4], 1, 2) << 4)
+    scale = _half(blocks, 0) * (scales.astype(np.float32) - 32)
+    return (scale[:, :, None] * LEVELS[_nibbles(blocks[:, 8:], 16)].reshape(-1, 8, 32)).reshape(-1, 256)
+
+
 class Packing(NamedTuple):
     """A block format: values and bytes a block, and how a block becomes float32; None if it is only described."""
 
@@ -127,11 +158,20 @@ PACKED = {
     6: Packing("Q5_0", 32, 22, _q5_0),
     7: Packing("Q5_1", 32, 24, _q5_1),
     8: Packing("Q8_0", 32, 34, _q8_0),
-    10: Packing("Q2_K", 256, 84),
-    11: Packing("Q3_K", 256, 110),
+    10: Packing("Q2_K", 256, 84, _q2_k),
+    11: Packing("Q3_K", 256, 110, _q3_k),
     12: Packing("Q4_K", 256, 144, _q4_k),
     13: Packing("Q5_K", 256, 176, _q5_k),
     14: Packing("Q6_K", 256, 210, _q6_k),
+    16: Packing("IQ2_XXS", 256, 66),
+    17: Packing("IQ2_XS", 256, 74),
+    18: Packing("IQ3_XXS", 256, 98),
+    19: Packing("IQ1_S", 256, 50),
+    20: Packing("IQ4_NL", 32, 18, _iq4_nl),
+    21: Packing("IQ3_S", 256, 110),
+    22: Packing("IQ2_S", 256, 82),
+    23: Packing("IQ4_XS", 256, 136, _iq4_xs),
+    29: Packing("IQ1_M", 256, 56),
 }
 
 

@@ -89,6 +89,7 @@ DIFFUSERS_TRANSFORMER = Dialect(
         ("condition_embedder.image_embedder.ff.net.0.proj.*", "img_emb.proj.1.*"),
         ("condition_embedder.image_embedder.ff.net.2.*", "img_emb.proj.3.*"),
         ("condition_embedder.image_embedder.norm2.*", "img_emb.proj.4.*"),
+        ("condition_embedder.image_embedder.pos_embed", "img_emb.emb_pos"),
     ),
 )
 # transformers' UMT5EncoderModel. Files may hold the token table a second time, as encoder.embed_tokens.
@@ -109,6 +110,35 @@ HF_TEXT_ENCODER = Dialect(
         ("encoder.block.N.layer.1.DenseReluDense.wi_0.*", "blocks.N.ffn.gate.0.*"),
         ("encoder.block.N.layer.1.DenseReluDense.wi_1.*", "blocks.N.ffn.fc1.*"),
         ("encoder.block.N.layer.1.DenseReluDense.wo.*", "blocks.N.ffn.fc2.*"),
+    ),
+)
+# transformers' CLIPVisionModel and CLIPVisionModelWithProjection, which ComfyUI's files are too; from its version 5 on
+# the first has no prefix. Queries, keys and values are three matrices there, and the projection is turned:
+# `clip.image_half` makes them one and turns it back.
+HF_IMAGE_ENCODER = Dialect(
+    "Hugging Face",
+    ("vision_model.embeddings.", "embeddings.class_embedding", "encoder.layers.0.self_attn.q_proj."),
+    (
+        ("visual_projection.weight", "head"),
+        *(
+            (prefix + own, official)
+            for prefix in ("vision_model.", "")
+            for own, official in (
+                ("embeddings.class_embedding", "cls_embedding"),
+                ("embeddings.patch_embedding.*", "patch_embedding.*"),
+                ("embeddings.position_embedding.weight", "pos_embedding"),
+                ("pre_layrnorm.*", "pre_norm.*"),
+                ("post_layernorm.*", "post_norm.*"),
+                ("encoder.layers.N.layer_norm1.*", "transformer.N.norm1.*"),
+                ("encoder.layers.N.layer_norm2.*", "transformer.N.norm2.*"),
+                ("encoder.layers.N.self_attn.q_proj.*", "transformer.N.attn.to_qkv.q.*"),
+                ("encoder.layers.N.self_attn.k_proj.*", "transformer.N.attn.to_qkv.k.*"),
+                ("encoder.layers.N.self_attn.v_proj.*", "transformer.N.attn.to_qkv.v.*"),
+                ("encoder.layers.N.self_attn.out_proj.*", "transformer.N.attn.proj.*"),
+                ("encoder.layers.N.mlp.fc1.*", "transformer.N.mlp.0.*"),
+                ("encoder.layers.N.mlp.fc2.*", "transformer.N.mlp.2.*"),
+            )
+        ),
     ),
 )
 TIED = {"encoder.embed_tokens.weight": "shared.weight"}  # the same tensor again: dropped where both are there
@@ -223,6 +253,7 @@ DIALECTS = (
     WAN22_MLX,
     DIFFUSERS_TRANSFORMER,
     HF_TEXT_ENCODER,
+    HF_IMAGE_ENCODER,
     DIFFUSERS_VAE,
     DIFFUSERS_VAE21,
     MLX_VIDEO_TRANSFORMER,
@@ -301,6 +332,18 @@ def _flattened(renamed: dict[str, str]) -> dict[str, str]:
     number = {place: sum(place[0] == other[0] for other in places[:i]) for i, place in enumerate(places)}
     flat = {n: f"{m[1]}.{number[m[1], int(m[2]), int(m[3])]}.{m[4]}" for n, m in found.items()}
     return renamed | flat
+
+
+def nested(name: str, num_res_blocks: int) -> str:
+    """The way back from a flat list of the Wan2.1 decoder: "decoder.upsamples.4.x" -> "decoder.upsamples.1.flat.0.x".
+
+    A stage has one residual block more than the encoder's, then what doubles it.
+    """
+    match = re.fullmatch(r"decoder\.upsamples\.(\d+)\.(.+)", name)
+    if not match:
+        return name
+    stage, place = divmod(int(match[1]), num_res_blocks + 2)
+    return f"decoder.upsamples.{stage}.flat.{place}.{match[2]}"
 
 
 # What is done to a tensor on its way into a module.

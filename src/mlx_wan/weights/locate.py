@@ -1,7 +1,6 @@
 """Finds a checkpoint, tells its layout, and checks that its parts are there, of the right model, and fit."""
 
 import json
-import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,8 +8,6 @@ from typing import Any
 from mlx_wan.errors import CheckpointError, UserError
 from mlx_wan.weights import spiece
 from mlx_wan.weights.checkpoint import (
-    DIFFUSERS,
-    DIFFUSERS_EXPERTS,
     EMBEDDED,
     EXPERT_FOLDERS,
     LAYOUTS,
@@ -23,9 +20,11 @@ from mlx_wan.weights.checkpoint import (
     Checkpoint,
     Component,
     Layout,
+    diffusers_layout,
     layout_for,
     official_layout,
 )
+from mlx_wan.weights.clip import image_half
 from mlx_wan.weights.diffusers import INDEX, read_configs
 from mlx_wan.weights.dimensions import (
     check_fit,
@@ -42,10 +41,9 @@ from mlx_wan.weights.identify import LABELS, identify
 from mlx_wan.weights.layouts import official_names
 from mlx_wan.weights.loose import NEEDED, by_content, find_tokenizer, has_parts, without
 from mlx_wan.weights.quantize import Quantization
-from mlx_wan.weights.tensors import TensorInfo
+from mlx_wan.weights.upload import HUB_ID
 from mlx_wan.zoo import MODELS
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 MODEL_TYPES = ("t2v", "ti2v", "i2v", "flf2v", "vace")  # of the transformers that run, in config.json
 
 
@@ -282,7 +280,7 @@ def _read_configs(folder: Path, given: Mapping[str, Path]) -> tuple[dict[str, An
     """The transformer's config, what is said of the other parts, the file to blame for it, and the layout."""
     if (folder / INDEX).is_file():
         config, extra = read_configs(folder)
-        return config, extra, folder / INDEX, DIFFUSERS_EXPERTS if "boundary" in extra else DIFFUSERS
+        return config, extra, folder / INDEX, diffusers_layout("boundary" in extra, "image_encoder" in extra)
     path = folder / "config.json"
     config, layout = _read_json(path) if path.is_file() else {}, layout_of(folder, {})
     nameless = layout is None or (layout is NATIVE and _find(folder, NATIVE.files["transformer"]) is None)
@@ -319,15 +317,6 @@ def _read_component(path: Path, part: str, layout: Layout) -> Component:
     if identity.component != component or not identity.runs or other_vae:
         raise CheckpointError(f"{path}: is {identity.model}, not the {LABELS[component]} of a {layout.model}")
     if component == "image_encoder":
-        return Component(path, _image_half(path, tensors), identity)
+        return Component(path, image_half(path, tensors), identity)
     renamed = official_names(tensors)
     return Component(path, {renamed[name]: info for name, info in tensors.items()}, identity)
-
-
-def _image_half(path: Path, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """CLIP's image encoder without its text encoder, which the official file holds too."""
-    own = {name.removeprefix("visual."): info for name, info in tensors.items() if name.startswith("visual.")}
-    rest = [name for name in tensors if not name.startswith(("visual.", "textual.")) and name != "log_scale"]
-    if own and rest:
-        raise CheckpointError(f"{path}: does not fit the image encoder: unexpected {rest[0]}")
-    return own or dict(tensors)

@@ -1,6 +1,7 @@
 """Files of any names: which is which part of a model, told by what is in them, and where the tokenizer is."""
 
 import contextlib
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,11 +16,14 @@ from mlx_wan.weights.identify import LABELS, identify
 from mlx_wan.weights.tensors import TensorInfo
 
 NEEDED = ("transformer", "text_encoder", "vae")  # the parts that every model has
+NOISE = re.compile(r"(high|low)[ _-]?noise")  # wan2.2_t2v_high_noise_14B_fp16, Wan2.2-I2V-A14B-HighNoise-Q4_K_M
 TOKENIZERS = ("tokenizer.json", "tokenizer/tokenizer.json", UMT5_TOKENIZER)
 
 
 def by_content(folder: Path, given: Collection[str]) -> dict[str, Path]:
     """Transformer, text encoder and VAE among the tensor files in and under a folder, told by what they hold.
+
+    Two transformers are told apart by their paths, as far as those say which is of high and which of low noise.
 
     Raises:
         CheckpointError: there is not exactly one of each that is not `given`.
@@ -29,6 +33,8 @@ def by_content(folder: Path, given: Collection[str]) -> dict[str, Path]:
         identity = identify({name: info.shape for name, info in read_tensors(file).items()})
         if identity.component in found:
             found[identity.component].append(file)
+    if "transformer" in found and (pair := _experts(folder, found["transformer"])):
+        found |= pair
     for part, files in found.items():
         if len(files) != 1 and (files or part in NEEDED):
             names = ", ".join(file.relative_to(folder).as_posix() for file in files[:4])
@@ -36,6 +42,14 @@ def by_content(folder: Path, given: Collection[str]) -> dict[str, Path]:
             two = " and, for a model of two experts, --transformer_2 FILE" if part == "transformer" and files else ""
             raise CheckpointError(f"{folder}: has {what}; say which with --{part} FILE{two}")
     return {part: files[0] for part, files in found.items() if files}
+
+
+def _experts(folder: Path, files: list[Path]) -> dict[str, list[Path]]:
+    """Two files of which one path below the folder says high noise and the other low, as all who publish them do."""
+    said = {tuple(sorted(set(NOISE.findall(file.relative_to(folder).as_posix().lower())))): file for file in files}
+    if len(files) != 2 or said.keys() != {("high",), ("low",)}:
+        return {}
+    return {"transformer": [said["high",]], "transformer_2": [said["low",]]}
 
 
 def has_parts(folder: Path) -> bool:

@@ -61,13 +61,14 @@ def image_encoder_fields(shapes: Shapes) -> dict[str, Any]:
     """The fields of an ImageEncoderConfig but for its heads. Raises CheckpointError as `transformer_fields`."""
     patch = _shape(shapes, "patch_embedding.weight", 4)
     patch_size = patch[2]  # (O, I, p, p) or (O, p, p, I)
-    patches = _shape(shapes, "pos_embedding", 3)[1] - 1
+    positions = shapes.get("pos_embedding", ())
+    patches = _shape(shapes, "pos_embedding", 2 if len(positions) == 2 else 3)[-2] - 1  # 2: as transformers has it
     return {
         "image_size": math.isqrt(patches) * patch_size,
         "patch_size": patch_size,
         "dim": patch[0],
         "ffn_dim": _shape(shapes, "transformer.0.mlp.0.weight", 2)[0],
-        "out_dim": _shape(shapes, "head", 2)[1],
+        "out_dim": _shape(shapes, "head", 2)[1] if "head" in shapes else 0,
         "num_layers": count(shapes, "transformer."),
     }
 
