@@ -165,7 +165,7 @@ class FeatureCache:
 
 LARGE = 1 << 24  # bytes of a result from which on a stream waits for the one before it
 STRIP = 1 << 25  # bytes of one frame from which on it passes in more than one strip
-# Of a convolution over time, up to which cuDNN takes less time for three 2-D ones (measured at 96), and for one over the
+# Of a convolution over time: up to which cuDNN is faster with three 2-D ones (measured at 96), and with one over the
 # channels of three frames (measured at 12).
 FEW_CHANNELS, FEW_INPUTS = 128, 64
 
