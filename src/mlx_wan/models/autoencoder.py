@@ -114,9 +114,9 @@ class FeatureCache:
         return max(1, min(-(-x[:, :1].nbytes // STRIP), x.shape[2] // least)) if self.streaming else 1
 
     def strips(self, x: mx.array, least: int) -> Iterator[mx.array]:
-        """`x` (B, T, H, W, C) strip by strip."""
+        """`x` (B, T, H, W, C) strip by strip; the first is given what results are behind on the average."""
         number, height = self.strip_count(x, least), x.shape[2]
-        edges = [height * i // number for i in range(number + 1)]
+        edges = [0, *(height * i // number + least // 3 for i in range(1, number)), height]
         for self.strip, (start, end) in enumerate(pairwise(edges)):
             self.top, self.bottom = start == 0, end == height
             yield x if self.whole else copied(x[:, :, start:end])
