@@ -223,8 +223,9 @@ def test_half_precision_stays_near(model, video, latents):
             assert 1e-5 < cases.relative_error(np.array(got), want) < bound
 
 
-def test_few_channels_are_convolved_frame_by_frame_on_cuda(monkeypatch):
-    layer, x = CausalConv3d(8, 8, (3, 3, 3)), mx.array(small.random("few", (1, 5, 4, 6, 8)))
+@pytest.mark.parametrize(("inputs", "outputs"), [(8, 8), (8, 12), (3, 12)])
+def test_few_channels_are_convolved_in_two_dimensions_on_cuda(monkeypatch, inputs, outputs):
+    layer, x = CausalConv3d(inputs, outputs, (3, 3, 3)), mx.array(small.random("few", (1, 5, 4, 6, inputs)))
     whole = np.array(layer.convolve(x))
     monkeypatch.setattr(autoencoder, "target", lambda: "CUDA")
     monkeypatch.setattr(mx, "conv3d", None)
