@@ -138,7 +138,7 @@ def _calls(part: str, work: str, module: nn.Module, call: Callable[[], mx.array]
 
 def _text(model: Dimensions, setting: Setting, repeat: int, pieces: int) -> Iterator[Measurement]:
     tokens = model.transformer.text_len
-    module = random_module(UMT5Encoder(model.text_encoder), "text_encoder", model.quantization, setting.dtype)
+    module = random_module(UMT5Encoder(model.text_encoder), "text_encoder", model.text_quantization, setting.dtype)
     ids = mx.random.randint(0, model.text_encoder.vocab_size, (1, tokens))
     yield _calls("text", f"{tokens} tokens", module, lambda: module(ids), repeat)
 

@@ -1,6 +1,7 @@
 """ComfyUI's files, GGUF transformers and parts given one by one."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from mlx.utils import tree_flatten
 import mlx_wan
 from mlx_wan.cli.main import main
 from mlx_wan.errors import CheckpointError, UserError
+from mlx_wan.memory.plan import Dimensions, Setting, plans
+from mlx_wan.models.packed import PackedLinear
 from mlx_wan.text import Tokenizer, clean_prompt
 from mlx_wan.weights.convert import convert
 from mlx_wan.weights.files import read_tensors
@@ -22,6 +25,7 @@ from mlx_wan.weights.gguf import SHAPE_KEY
 from mlx_wan.weights.inspect import describe
 from mlx_wan.weights.layouts import MLX_VIDEO_TEXT_ENCODER, MLX_VIDEO_TRANSFORMER, MLX_VIDEO_VAE
 from mlx_wan.weights.load import load_text_encoder, load_transformer, load_vae, locate
+from mlx_wan.weights.quantize import Quantization
 from mlx_wan.weights.save import array_tensor, write_safetensors
 from mlx_wan.weights.spiece import tokenizer_json
 from mlx_wan.weights.tensors import FLOAT8, TensorInfo
@@ -314,6 +318,73 @@ def test_mlx_videos_conversion(tmp_path):
     ):
         got = parameters(load(checkpoint))
         assert all(mx.array_equal(got[name], array) for name, array in checkpoints.native(part).items())
+
+
+@pytest.fixture
+def packed_mlx_video(tmp_path):
+    """As its convert.py writes it with --quantize: the transformer's attention and feed-forward, by mx.quantize."""
+    folder = tmp_path / "mlx-video"
+    folder.mkdir()
+    for part, (stem, dialect) in MLX_VIDEO.items():
+        weights = {}
+        for name, array in checkpoints.official(part).items():
+            flat = array.reshape(len(array), -1) if name == "patch_embedding.weight" else None
+            weights[dialect.from_official(name)] = mx.array(cases.native(name, array) if flat is None else flat)
+        if part == "transformer":
+            for name in [
+                n for n in weights if re.search(r"\.(self_attn|cross_attn)\.[qkvo]\.weight|ffn\.fc[12]\.weight", n)
+            ]:
+                stem_name = name.removesuffix(".weight")
+                packed = mx.quantize(weights[name].astype(mx.bfloat16), 32, 4)
+                weights |= {f"{stem_name}.{k}": a for k, a in zip(("weight", "scales", "biases"), packed, strict=True)}
+        mx.save_safetensors(str(folder / f"{stem}.safetensors"), weights)
+    config = {"model_type": "ti2v", "dim": 96, "num_heads": 3, "quantization": {"group_size": 32, "bits": 4}}
+    (folder / "config.json").write_text(json.dumps(config))
+    shutil.copy(cases.GOLDEN / "tokenizer.json", folder / "tokenizer.json")
+    return folder
+
+
+def test_mlx_videos_packed_conversion_stays_packed(packed_mlx_video):
+    checkpoint = locate(packed_mlx_video)
+    assert checkpoint.quantization == Quantization(4, 32)
+    assert (checkpoint.packing("transformer"), checkpoint.packing("text_encoder")) == (Quantization(4, 32), None)
+    transformer, text_encoder = load_transformer(checkpoint, mx.float32), load_text_encoder(checkpoint, mx.float32)
+    stored = mx.load(str(packed_mlx_video / "model.safetensors"))
+    layer = transformer.blocks[1].ffn[2]
+    assert isinstance(layer, PackedLinear)
+    assert mx.array_equal(layer.weight, stored["blocks.1.ffn.fc2.weight"])
+    assert not any(isinstance(layer, PackedLinear) for layer in text_encoder.modules())
+    want = checkpoints.native("transformer")["blocks.1.ffn.2.weight"]
+    got = mx.dequantize(layer.weight, layer.scales, layer.biases, 32, 4)
+    assert 0.01 < cases.relative_error(np.array(got), np.array(want)) < 0.2
+    model = Dimensions.of_checkpoint(checkpoint)
+    assert (model.quantization, model.text_quantization) == (Quantization(4, 32), None)
+    text = next(
+        stage for stage in plans(model, Setting(64, 32, 5, mx.float32), "CPU")[1].stages if stage.name == "text"
+    )
+    assert text.weights == sum(array.nbytes for array in parameters(text_encoder).values())
+
+
+def test_it_makes_a_video_too(packed_mlx_video):
+    out = mlx_wan.WanPipeline.from_pretrained(packed_mlx_video)(
+        "a red circle", width=64, height=32, num_frames=5, num_inference_steps=2, seed=0, output_type="latent"
+    )
+    assert mx.isfinite(out.latents).all().item()
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        (None, "has packed matrices, and .*config.json does not say how many bits they have"),
+        ({"group_size": 32, "bits": 3}, "quantization .* is not supported"),
+        ({"group_size": 64, "bits": 4}, "cannot be quantized as its config.json says"),
+        ({"group_size": 32, "bits": 8}, "does not fit the transformer: .* misshapen"),
+    ],
+)
+def test_packed_matrices_that_are_not_what_is_said(packed_mlx_video, said, message):
+    checkpoints.edit_json(packed_mlx_video / "config.json", quantization=said)
+    with pytest.raises(CheckpointError, match=message):
+        locate(packed_mlx_video)
 
 
 # --- inspect -------------------------------------------------------------------------------------------------

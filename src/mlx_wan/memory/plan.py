@@ -44,6 +44,7 @@ class Dimensions:
     image_encoder: ImageEncoderConfig | None = None
     experts: int = 1
     quantization: Quantization | None = None
+    packs_text: bool = True  # whether quantization is the text encoder's too
 
     @classmethod
     def of_checkpoint(cls, checkpoint: Checkpoint) -> "Dimensions":
@@ -56,7 +57,13 @@ class Dimensions:
             checkpoint.image_encoder_config,
             1 if checkpoint.transformer_2 is None else 2,
             checkpoint.quantization,
+            checkpoint.packing("text_encoder") == checkpoint.quantization,
         )
+
+    @property
+    def text_quantization(self) -> Quantization | None:
+        """How the text encoder is packed."""
+        return self.quantization if self.packs_text else None
 
     @classmethod
     def of_release(cls, name: str) -> "Dimensions":
@@ -253,8 +260,11 @@ def _weights(model: Dimensions, dtype: mx.Dtype, device: str) -> dict[str, int]:
         "vae": (make_vae, model.vae),
     }
     kinds = {"vae": backend.vae_dtype(dtype, device)}
+    packed = {"text_encoder": model.text_quantization}
     return {
-        part: 0 if config is None else _weight_bytes(make, config, part, model.quantization, kinds.get(part, dtype))
+        part: 0
+        if config is None
+        else _weight_bytes(make, config, part, packed.get(part, model.quantization), kinds.get(part, dtype))
         for part, (make, config) in modules.items()
     }
 
@@ -285,7 +295,7 @@ def _parameters(module: nn.Module, part: str, how: Quantization | None, dtype: m
 def _work(model: Dimensions, setting: Setting, device: str, room: dict[str, float]) -> Iterator[tuple[str, int]]:
     """(stage, the most bytes it holds besides weights). room: stage -> the bytes from which on MLX runs less ahead."""
     model = replace(model, quantization=_traceable(model.quantization))
-    how, dtype, size = model.quantization, setting.dtype, (setting.width, setting.height)
+    how, dtype, size = model.text_quantization, setting.dtype, (setting.width, setting.height)
     text_len = model.transformer.text_len
     yield (
         "text",

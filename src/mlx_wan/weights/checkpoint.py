@@ -168,6 +168,11 @@ class Component:
     identity: Identity
 
 
+def is_packed(component: Component) -> bool:
+    """Whether some of its matrices have scales beside them."""
+    return any(name.endswith(".scales") for name in component.tensors)
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint whose headers are in order.
@@ -212,6 +217,12 @@ class Checkpoint:
         """The parts that are there, by the names of their fields."""
         found = {name: getattr(self, name) for name in PARTS}
         return {name: part for name, part in found.items() if part is not None}
+
+    def packing(self, part: str) -> Quantization | None:
+        """How a part's matrices are packed. Of single files those alone are that have scales: mlx-video packs the
+        transformers and leaves the text encoder."""
+        loose = self.layout is SINGLE_FILES and not is_packed(getattr(self, part))
+        return None if loose else self.quantization
 
     @property
     def size_steps(self) -> tuple[int, int]:

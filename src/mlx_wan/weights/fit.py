@@ -54,9 +54,9 @@ def fit_tensors(checkpoint: Checkpoint, name: str, module: nn.Module, dtype: mx.
     """
     part = checkpoint.parts[name]
     component = part.identity.component
-    if checkpoint.quantization is not None:
+    if (how := checkpoint.packing(name)) is not None:
         try:
-            quantize_module(module, component, checkpoint.quantization)
+            quantize_module(module, component, how)
         except ValueError as error:  # MLX: rows that the group size does not divide
             raise CheckpointError(f"{checkpoint.folder}: cannot be quantized as its config.json says") from error
     parameters: dict[str, mx.array] = dict(tree_flatten(module.parameters()))

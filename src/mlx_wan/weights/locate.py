@@ -21,6 +21,7 @@ from mlx_wan.weights.checkpoint import (
     Component,
     Layout,
     diffusers_layout,
+    is_packed,
     layout_for,
     official_layout,
 )
@@ -243,11 +244,21 @@ def _read_parts(folder: Path, given: Mapping[str, Path], task: str | None) -> Ch
         text_encoder_config=text_encoder,
         image_encoder_config=image_encoder,
         vae_config=vae,
-        quantization=Quantization.from_config(extra["quantization"]) if "quantization" in extra else None,
+        quantization=_quantization(config_file, extra if "mlx_wan" in config else config, parts),
     )
     for part in checkpoint.parts:
         component_tensors(checkpoint, part, None)
     return checkpoint
+
+
+def _quantization(path: Path, said: Mapping[str, Any], parts: Mapping[str, Component]) -> Quantization | None:
+    """How matrices are packed: as the native config.json says, or of mlx-video's, where there are scales."""
+    packed = [part for part in parts.values() if is_packed(part)]
+    if said.get("quantization") and (packed or "format" in said):
+        return Quantization.from_config(said["quantization"])
+    if packed:
+        raise CheckpointError(f"{packed[0].path}: has packed matrices, and {path} does not say how many bits they have")
+    return None
 
 
 def _check_no_lone_expert(folder: Path, layout: Layout) -> None:
