@@ -361,7 +361,7 @@ class WanPipeline(AdapterWords):
             latents = latents[:, len(request.source.references) :]
         yield Event("latents", 1, 1, latents)
         if decode and self.parallel.is_first:
-            for index, piece in enumerate(self.vae.stream_decode(latents, self.low_memory), start=1):
+            for index, piece in enumerate(self.vae.stream_decode(latents), start=1):
                 _check_piece(piece, latents[:, index - 1], index)
                 yield Event("frames", index, latents.shape[1], to_uint8(piece[0]))
 
