@@ -152,10 +152,10 @@ class _Buffer:
 # Results that may take over an input's buffer.
 # fmt: off
 ELEMENTWISE = frozenset((
-    "Abs", "Add", "AsType", "BitwiseBinary", "Ceil", "Cos", "Divide", "Equal", "Erf", "Exp", "Expm1", "Floor", "Greater",
-    "LayerNorm", "Less", "Log", "Log1p", "LogicalNot", "Maximum", "Minimum", "Multiply", "Negative", "NotEqual", "Power",
-    "RMSNorm",
-    "Round", "Rsqrt", "Select", "Sigmoid", "Sign", "Sin", "Softmax", "Sqrt", "Square", "Subtract", "Tanh",
+    "Abs", "Add", "AsType", "BitwiseBinary", "Ceil", "Cos", "Divide", "Equal", "Erf", "Exp", "Expm1", "Floor",
+    "Greater", "LayerNorm", "Less", "Log", "Log1p", "LogicalNot", "Maximum", "Minimum", "Multiply", "Negative",
+    "NotEqual", "Power", "RMSNorm", "Round", "Rsqrt", "Select", "Sigmoid", "Sign", "Sin", "Softmax", "Sqrt",
+    "Square", "Subtract", "Tanh",
 ))
 # Results that share an input's buffer, where its strides allow.
 VIEWS = frozenset((
