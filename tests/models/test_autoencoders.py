@@ -8,7 +8,7 @@ import small
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_wan.errors import WanError
-from mlx_wan.models import autoencoder
+from mlx_wan.models import autoencoder, features
 from mlx_wan.models.autoencoder import CausalConv3d, FeatureCache, RMSNorm, Upsample
 from mlx_wan.models.layers import traceable
 from mlx_wan.models.vae21 import VAE21Config, WanVAE21
@@ -188,7 +188,7 @@ def test_strips_give_the_same_video(model, kind, number, monkeypatch):
 def test_frames_pass_whole_unless_they_are_wide_and_a_stream(monkeypatch):
     x = mx.zeros((1, 1, 40, 4, 8))
     assert FeatureCache(streaming=True).strip_count(x, 16) == 1
-    monkeypatch.setattr(autoencoder, "STRIP", x.nbytes // 2)
+    monkeypatch.setattr(features, "STRIP", x.nbytes // 2)
     assert FeatureCache(streaming=True).strip_count(x, 16) == 2
     assert FeatureCache(streaming=True).strip_count(x, 24) == 1, "too low for two"
     assert FeatureCache().strip_count(x, 16) == 1

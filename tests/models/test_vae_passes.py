@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import small
 
-from mlx_wan.models import autoencoder, vae_passes
-from mlx_wan.models.autoencoder import FeatureCache, duplicate_up
+from mlx_wan.models import features, vae_passes
+from mlx_wan.models.autoencoder import duplicate_up
+from mlx_wan.models.features import FeatureCache
 from mlx_wan.models.vae22 import average_down
 
 pytestmark = pytest.mark.skipif(cuda_on_cpu.COMPILER is None, reason="no C++ compiler")
@@ -83,6 +84,6 @@ def test_a_clip_in_strips_by_kernels(kind, monkeypatch):
     model = cases.load_small("vae", kind)
     latents = drawn("latents", 1, 2, 16, 2, model.config.z_dim)
     want = mx.clip(model.pixels(model.denormalise(latents), FeatureCache()), -1, 1)
-    monkeypatch.setattr(autoencoder, "STRIP", 1)
+    monkeypatch.setattr(features, "STRIP", 1)
     monkeypatch.setattr(vae_passes, "has_kernels", lambda x: x.shape[-1] % 4 == 0)
     assert cases.relative_error(np.array(model.decode(latents)), np.array(want)) < 1e-5

@@ -8,7 +8,6 @@ latent frame at a time (generation) run the same code. Tensors are channels last
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from itertools import pairwise
 from typing import Any, Protocol, cast
 
 import mlx.core as mx
@@ -17,7 +16,9 @@ import mlx.nn as nn
 from mlx_wan.errors import WanError
 
 from . import vae_passes
-from .layers import Pace, SiLU, copied, run_layers, target, upload_stream
+from .features import FeatureCache
+from .layers import SiLU, copied, run_layers, target, upload_stream
+from .share import Rows
 
 
 class AutoencoderConfig(Protocol):
@@ -63,108 +64,6 @@ def decoder_widths(config: AutoencoderConfig) -> list[int]:
     return [config.dec_dim * m for m in (config.dim_mult[-1], *reversed(config.dim_mult))]
 
 
-class FeatureCache:
-    """What the causal layers remember between pieces of one clip, and the widest between strips of one piece.
-
-    A strip is some rows of all frames of a piece; strips pass from top to bottom. A 3×3 convolution waits for the row
-    below, so its result is one row behind its input: shorter by a row at the top, longer by one at the bottom. Layers
-    hand the rows that the next strip needs over to it, so nothing is computed twice and no seam is left.
-
-    Attributes:
-        frames: by the id of the layer that keeps them, and the strip.
-        first: true while the piece that holds the clip's first frame passes.
-        streaming: whether nobody asks for gradients: layers may then use kernels that have none, wide frames pass in
-            strips, and MLX works ahead by one large result, so that it holds no more than two layers' arrays.
-        strip, top, bottom: the strip's number, and whether it begins and ends at the frame's edge, as whole frames do.
-    """
-
-    def __init__(self, frames: dict[Any, mx.array] | None = None, first: bool = True, streaming: bool = False) -> None:
-        self.first, self.streaming = first, streaming
-        self.strip, self.top, self.bottom = 0, True, True
-        self.frames: dict[Any, mx.array] = frames or {}
-        self._rows: dict[int, mx.array] = {}
-        self._pace = Pace()
-
-    def recall(self, layer: nn.Module) -> mx.array | None:
-        """The frames `layer` kept from the piece before; None at the first."""
-        return self.frames.get((id(layer), self.strip))
-
-    def keep(self, layer: nn.Module, frames: mx.array) -> None:
-        """Keeps `frames`, an array of their own, for `layer`."""
-        self.frames[id(layer), self.strip] = frames
-
-    def extend(self, layer: nn.Module, x: mx.array, memory: int) -> mx.array:
-        """`x` behind the `memory` frames before it, zeros before the clip; keeps the last."""
-        b, _, h, w, c = x.shape
-        before = self.recall(layer)
-        x = mx.concatenate([mx.zeros((b, memory, h, w, c), x.dtype) if before is None else before, x], axis=1)
-        self.keep(layer, copied(x[:, -memory:]))
-        return x
-
-    def once(self, layer: nn.Module, make: Callable[[], mx.array]) -> mx.array:
-        """What `make` returns, made once a stream."""
-        if not self.streaming:
-            return make()
-        if id(layer) not in self.frames:
-            self.frames[id(layer)] = make()
-        return self.frames[id(layer)]
-
-    def strip_count(self, x: mx.array, least: int) -> int:
-        """In how many strips, of at least `least` rows, x (B, T, H, W, C) passes; as many for one frame as for more."""
-        return max(1, min(-(-x[:, :1].nbytes // STRIP), x.shape[2] // least)) if self.streaming else 1
-
-    def strips(self, x: mx.array, least: int) -> Iterator[mx.array]:
-        """`x` (B, T, H, W, C) strip by strip; the first is given what results are behind on the average."""
-        number, height = self.strip_count(x, least), x.shape[2]
-        edges = [0, *(height * i // number + least // 3 for i in range(1, number)), height]
-        for self.strip, (start, end) in enumerate(pairwise(edges)):
-            self.top, self.bottom = start == 0, end == height
-            yield x if self.whole else copied(x[:, :, start:end])
-        self.strip, self.top, self.bottom = 0, True, True
-
-    @property
-    def whole(self) -> bool:
-        """Whether frames pass whole."""
-        return self.top and self.bottom
-
-    def rows_above(self, layer: nn.Module) -> mx.array | None:
-        """The rows `layer` kept from the strip above; None in the uppermost."""
-        return self._rows.pop(id(layer), None)
-
-    def keep_rows(self, layer: nn.Module, x: mx.array, number: int) -> None:
-        """Keeps a copy of the last rows of `x` (B, T, H, W, C) for the strip below, if there is one."""
-        if not self.bottom:
-            self._rows[id(layer)] = copied(x[:, :, -number:])
-
-    def border(self, layer: nn.Module, x: mx.array) -> mx.array:
-        """`x` (B, T, H, W, C) with the rows above and below that a kernel of three rows needs: zeros at the edges."""
-        if self.whole:
-            return x
-        edge, above = mx.zeros_like(x[:, :, :1]), self.rows_above(layer)
-        x = mx.concatenate([edge if above is None else above, x, *[edge] * self.bottom], axis=2)
-        self.keep_rows(layer, x, 2)
-        return x
-
-    def late(self, layer: nn.Module, x: mx.array, rows: int) -> mx.array:
-        """The rows of `x` (B, T, H, W, C) that a result belongs to which is `rows` rows behind."""
-        if self.whole:
-            return x
-        above = self.rows_above(layer)
-        self.keep_rows(layer, x, rows)
-        x = x if above is None else mx.concatenate([above, x], axis=2)
-        return x if self.bottom else x[:, :, :-rows]
-
-    def settle(self, x: mx.array) -> mx.array:
-        """`x`; if it is large, in a stream, it and all that is kept are begun now, and the one before it waited for."""
-        return self._pace(x, *self.arrays(), *self._rows.values()) if self.streaming and x.nbytes >= LARGE else x
-
-    def arrays(self) -> list[mx.array]:
-        """All stored frames, for mx.eval."""
-        return list(self.frames.values())
-
-
-LARGE = 1 << 24  # bytes of a result from which on a stream waits for the one before it
-STRIP = 1 << 25  # bytes of one frame from which on it passes in more than one strip
 # Of a convolution over time: up to which cuDNN is faster with three 2-D ones (measured at 96), and with one over the
 # channels of three frames (measured at 12).
 FEW_CHANNELS, FEW_INPUTS = 128, 64
@@ -208,7 +107,10 @@ class CausalConv3d(Cached):
     def __call__(self, x: mx.array, cache: FeatureCache) -> mx.array:
         # x: (B, T, H, W, C). Frames before the clip are zeros.
         memory = self.weight.shape[1] - 1
-        return self.convolve(cache.extend(self, x, memory) if memory else x) + self.bias.astype(x.dtype)
+        padded = cache.extend(self, x, memory) if memory else x
+        if self.weight.shape[2] > 1:
+            padded = cache.border(self, padded)
+        return self.convolve(padded, cache.whole) + self.bias.astype(x.dtype)
 
     def after(self, norm: "RMSNorm", x: mx.array, cache: FeatureCache, bias: mx.array | None = None) -> mx.array:
         """This convolution, without its bias, of silu(norm(x + bias)); of a strip, a row behind x."""
@@ -218,6 +120,7 @@ class CausalConv3d(Cached):
             padded, kept = vae_passes.norm_silu(x, bias, norm.gamma, before, memory, above, cache.top, cache.bottom)
             cache.keep(self, kept)
             cache.keep_rows(self, padded, 2)
+            padded = padded if cache.rows is None else cache.rows.border(padded)
         else:
             x = _silu(norm(x if bias is None else x + bias.astype(x.dtype)))
             padded = cache.border(self, cache.extend(self, x, memory))
@@ -232,6 +135,7 @@ class CausalConv3d(Cached):
         if cache.streaming and vae_passes.has_kernels(x):
             x, _ = vae_passes.norm_silu(x, None, norm.gamma, None, 0, cache.rows_above(self), cache.top, cache.bottom)
             cache.keep_rows(self, x, 2)
+            x = x if cache.rows is None else cache.rows.border(x)
         else:
             x = cache.border(self, _silu(norm(x)))
         b, t, h, w, _ = x.shape
@@ -315,8 +219,11 @@ class AttentionBlock(Cached):
         self.proj = Conv2d(dim, dim, 1)
 
     def __call__(self, x: mx.array, cache: FeatureCache) -> mx.array:
-        b, t, h, w, c = x.shape
-        q, k, v = mx.split(self.to_qkv(self.norm(x)).reshape(b * t, 1, h * w, 3 * c), 3, axis=-1)
+        b, t, *_, c = x.shape
+        q, k, v = mx.split(self.to_qkv(self.norm(x)), 3, axis=-1)
+        if cache.rows is not None:
+            k, v = cache.rows.gather(k), cache.rows.gather(v)
+        q, k, v = (a.reshape(b * t, 1, -1, c) for a in (q, k, v))
         out = mx.fast.scaled_dot_product_attention(q, k, v, scale=c**-0.5)
         return x + self.proj(out.reshape(x.shape))
 
@@ -339,7 +246,8 @@ class Downsample(Cached):
 
     def __call__(self, x: mx.array, cache: FeatureCache) -> mx.array:
         # Only the right and lower edge are padded: the kernel starts on the pixel it halves.
-        x = run_layers(self.resample, mx.pad(x, [(0, 0), (0, 0), (0, 1), (0, 1), (0, 0)]))
+        x, bottom = (x, 1) if cache.rows is None else (cache.rows.border(x)[:, :, 1:], 0)
+        x = run_layers(self.resample, mx.pad(x, [(0, 0), (0, 0), (0, bottom), (0, 1), (0, 0)]))
         if "time_conv" not in self:
             return x
         before = cache.recall(self)
@@ -560,8 +468,10 @@ class WanVAE(nn.Module):
         """Latents as the decoder sees them."""
         return latents * mx.array(self.config.latents_std) + mx.array(self.config.latents_mean)
 
-    def stream_encode(self, video: mx.array) -> Iterator[mx.array]:
+    def stream_encode(self, video: mx.array, rows: Rows | None = None) -> Iterator[mx.array]:
         """Normalised latents, one frame (B, 1, h, w, z_dim) at a time, of a video (MLX's or NumPy's) as in `encode`.
+
+        rows: see `FeatureCache`; latents are of these rows.
 
         Raises ValueError for a shape that the strides do not divide, or for whole numbers.
         """
@@ -573,7 +483,8 @@ class WanVAE(nn.Module):
                 f"video of {frames} frames, {width}×{height}: frames must be {stride_t}n+1, "
                 f"width divisible by {stride_w} and height by {stride_h}"
             )
-        cache, upload = FeatureCache(streaming=True), upload_stream()
+        video = video if rows is None else rows.take(video)
+        cache, upload = FeatureCache(streaming=True, rows=rows), upload_stream()
 
         def begun(end: int) -> mx.array:
             part = mx.array(video[:, max(0, end - stride_t) : end]).astype(self.conv1.weight.dtype, stream=upload)
@@ -592,14 +503,16 @@ class WanVAE(nn.Module):
 
         yield from _one_ahead(piece, range(1, frames + 1, stride_t), cache)
 
-    def stream_decode(self, latents: mx.array) -> Iterator[mx.array]:
+    def stream_decode(self, latents: mx.array, rows: Rows | None = None) -> Iterator[mx.array]:
         """Video in pieces of 1, 4, 4, … frames (B, ·, H, W, 3) in [-1, 1], each evaluated; memory stays constant.
+
+        rows: see `FeatureCache`; pieces are of these rows.
 
         Raises ValueError for latents of another shape than in `decode`.
         """
         _check_floats(latents, "latents", self.config.z_dim)
-        latents = mx.array(latents)
-        cache = FeatureCache(streaming=True)
+        latents = mx.array(latents) if rows is None else rows.take(mx.array(latents))
+        cache = FeatureCache(streaming=True, rows=rows)
 
         def piece(i: int) -> mx.array:
             return clipped(self.pixels(self.denormalise(latents[:, i : i + 1]), cache))

@@ -50,7 +50,7 @@ def norm_silu(
     x: (B, T, H, W, C). bias, gamma: (C,). before: (B, memory, H, W, C), None for zeros.
     memory: how many; with none, the second result means nothing.
     above: of a strip, the two rows before it, (B, memory + T, 2, W, C). A strip that is not the whole frame gets them
-    on top, or a row of zeros where it begins the frame, and one below where it ends it (`autoencoder.FeatureCache`).
+    on top, or a row of zeros where it begins the frame, and one below where it ends it (`features.FeatureCache`).
     """
     b, t, h, w, c = x.shape
     over, under = (0, 0) if top and bottom else (1 if above is None else 2, int(bottom))
