@@ -22,8 +22,8 @@ import mlx_wan  # noqa: F401  first: it chooses the BLAS before mlx.core is load
 import mlx.core as mx  # isort: skip
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_wan.models import autoencoder, layers, vae_passes
-from mlx_wan.models.autoencoder import FeatureCache
+from mlx_wan.models import features, layers, vae_passes
+from mlx_wan.models.features import FeatureCache
 from mlx_wan.models.vae21 import VAE21Config, WanVAE21
 from mlx_wan.models.vae22 import VAEConfig, WanVAE22
 
@@ -50,7 +50,7 @@ def main() -> int:
 def texts() -> dict[str, str]:
     """Whole source -> name of every kernel that streams of both VAEs come to."""
     found: dict[str, str] = {}
-    kernel, strip = vae_passes.cuda_kernel, autoencoder.STRIP
+    kernel, strip = vae_passes.cuda_kernel, features.STRIP
 
     def noted(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], source: str, header: str = "") -> Callable:
         def call(**given: Any) -> list[mx.array]:
@@ -61,7 +61,7 @@ def texts() -> dict[str, str]:
         return call
 
     try:
-        vae_passes.cuda_kernel, autoencoder.STRIP = noted, 1 << 22
+        vae_passes.cuda_kernel, features.STRIP = noted, 1 << 22
         for dtype in (mx.bfloat16, mx.float32):
             for made, side, channels in (
                 (WanVAE22(VAEConfig(latents_mean=(0.0,) * 48, latents_std=(1.0,) * 48)), 16, 48),
@@ -78,7 +78,7 @@ def texts() -> dict[str, str]:
                     for frames in (1, 4):
                         made.moments(mx.zeros((1, frames, 480, 832, 3)), cache)
     finally:
-        vae_passes.cuda_kernel, autoencoder.STRIP = kernel, strip
+        vae_passes.cuda_kernel, features.STRIP = kernel, strip
     return found
 
 
