@@ -129,7 +129,7 @@ class CausalConv3d(Cached):
     def by_frames(self, norm: "RMSNorm", x: mx.array, cache: FeatureCache) -> mx.array:
         """This convolution of silu(norm(x)) in float32, each frame convolved once and the results of three summed up.
 
-        Where they are narrower than what they are made of, they are less to compute and to remember.
+        Where they are narrower than what they are made of, there is less to read and to remember.
         """
         out_dim, kt, kh, kw, in_dim = self.weight.shape
         if cache.streaming and vae_passes.has_kernels(x):
