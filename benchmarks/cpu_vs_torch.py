@@ -118,7 +118,8 @@ def torch_side(args: argparse.Namespace) -> None:
     about = json.loads(str(arrays.pop("about")))
     wan = official.load(args.official)
     wan.model.flash_attention = attention
-    transformer = wan.model.WanModel(**{k: v for k, v in about["transformer"].items() if not k.startswith("image_")})
+    known = {key: v for key, v in about["transformer"].items() if not key.startswith(("image_", "vace_"))}
+    transformer = wan.model.WanModel(**known)
     fill(transformer, arrays, "transformer")
     decode = decoder(wan, about["vae"], arrays)
     latents = torch.from_numpy(np.moveaxis(arrays["latents"][0], -1, 0).copy())

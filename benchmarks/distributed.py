@@ -6,8 +6,8 @@ uv run python benchmarks/distributed.py steps           # two GPUs: guided steps
 uv run python benchmarks/distributed.py steps --small   # the same on two processes of any machine, with a toy
 uv run python benchmarks/distributed.py tiles           # why the decoder is not split into overlapping tiles
 
-Random weights; float32, but for `steps`, which takes the device's usual type. It is five measurements, each in new
-processes that are ended if they hang; each may be named in its place: links, calls, spread, exact, clip.
+Random weights; float32, but for `steps`, which takes the device's usual type. It is six measurements, each in new
+processes that are ended if they hang; each may be named in its place: links, calls, decode, spread, exact, clip.
 """
 
 import argparse
@@ -31,6 +31,9 @@ from mlx.utils import tree_flatten
 
 from mlx_wan import backend
 from mlx_wan.models.transformer import FLOAT32_PARAMETERS, TransformerConfig, WanTransformer
+from mlx_wan.models.vae22 import VAEConfig, WanVAE22
+from mlx_wan.parallel import team
+from mlx_wan.parallel.guard import Guard, check_agreement
 from mlx_wan.parallel.plan import ALONE, Parallel
 from mlx_wan.parallel.spread import Spread
 from mlx_wan.parallel.team import Team
@@ -45,7 +48,7 @@ MIB = 2**20
 
 
 # What `steps` measures, each in processes of its own, and the seconds after which these count as hanging.
-STEPS = {"links": 25, "calls": 60, "spread": 40, "exact": 40, "clip": 40}
+STEPS = {"links": 25, "calls": 60, "decode": 40, "spread": 40, "exact": 40, "clip": 40}
 COUNTS = (2,) if mx.cuda.is_available() else (2, 3, 4)  # of processes
 
 
@@ -60,7 +63,7 @@ def main() -> None:
         tiles()
     elif "MLX_RANK" in os.environ:
         world = mx.distributed.init(strict=True)
-        one = {"exact": exact, "calls": calls, "spread": spread_weights, "clip": clip}
+        one = {"exact": exact, "calls": calls, "decode": decode, "spread": spread_weights, "clip": clip}
         if args.what in one:
             one[args.what](world, args.small)
         else:
@@ -97,7 +100,7 @@ def start(count: int, arguments: list[str], seconds: float = 3600) -> bool:
             environment |= {"NCCL_HOST_IP": "127.0.0.1", "NCCL_PORT": str(ports[0]), "MLX_WORLD_SIZE": str(count)}
         else:
             environment["MLX_HOSTFILE"] = hosts.name
-        if arguments[0] == "exact":
+        if arguments[0] in ("exact", "clip"):
             environment["MLX_ENABLE_TF32"] = "0"
         command = [sys.executable, __file__, *arguments]
         processes, begin = [], time.monotonic()
@@ -221,19 +224,45 @@ def compare(world, config: TransformerConfig, shape: tuple[int, ...], dtype: mx.
         say(f"{name}: {shown}")
         return [s for s, _ in ranks], velocity
 
-    one_stream = Team(world)
-    one_stream._stream = None
     alone, want = timed("alone", None, ALONE.passes)
     ways = {
         "guidance shared": (None, Parallel(world, cfg_parallel=True).passes),
         "tokens shared": (partial(TokenShare, Team(world)), ALONE.passes),
-        "tokens shared, exchange and work in turn": (partial(TokenShare, one_stream), ALONE.passes),
+        "tokens shared, exchange and work in turn": (partial(TokenShare, Team(world)), ALONE.passes),
     }
+    beside = team._beside
     for name, way in ways.items():
+        team._beside = (lambda: None) if "in turn" in name else beside
         seconds, got = timed(name, *way)
         error = float(mx.linalg.norm(got - want) / mx.linalg.norm(want))
         faster = min(alone) / max(seconds)
         say(f"  {faster:.3f} times faster than the faster rank alone; relative difference {error:.1e}")
+
+
+def decode(world: mx.distributed.Group, small: bool) -> None:
+    """Seconds of a piece (four frames) of the 5B's decoder alone and with rows shared, and how far frames are apart."""
+    dtype, channels = backend.vae_dtype(backend.default_dtype()), 48
+    sizes = {"dim": 8, "dec_dim": 16} if small else {}
+    mx.random.seed(0)  # the same values in every rank
+    vae = WanVAE22(VAEConfig(**sizes, latents_mean=(0.0,) * channels, latents_std=(1.0,) * channels))
+    vae.set_dtype(dtype)
+    mx.eval(vae.parameters())
+    latents = mx.random.normal((1, 6, 8, 8, channels) if small else (1, 6, 44, 80, channels), key=mx.random.key(1))
+    want, alone = None, 0.0
+    for name, parallel in (("alone", ALONE), ("rows shared", Parallel(world, world.size()))):
+        times, pieces, begin = [], [], 0.0
+        mx.reset_peak_memory()
+        for piece in parallel.stream_decode(vae, latents):
+            times.append(time.perf_counter() - begin)
+            pieces.append(np.array(piece))
+            begin = time.perf_counter()
+        seconds, got = float(np.median(times[3:])), np.concatenate(pieces, axis=1)
+        want, alone = (got, seconds) if want is None else (want, alone)
+        error = np.linalg.norm(got - want) / np.linalg.norm(want)
+        if world.rank() == 0:
+            peak = f"peak {mx.get_peak_memory() / 2**30:.1f} GiB"
+            how = f"{alone / seconds:.2f} times as fast, relative difference {error:.1e}"
+            print(f"decoder, {dtype}, {name}: {seconds:.3f} s a piece, {peak}, {how}", flush=True)
 
 
 def draw(model: WanTransformer, dtype: mx.Dtype) -> None:
@@ -279,28 +308,30 @@ def spread_weights(world: mx.distributed.Group, small: bool) -> None:
 
 
 def clip(world: mx.distributed.Group, small: bool) -> None:
-    """A clip of the embedded model, in float32: latents of every way of sharing against one process's."""
-    request = {"num_inference_steps": 2 if small else 20, "seed": 1, "output_type": "latent"}
-    request |= {"num_frames": 5} if small else {}
+    """A clip of the embedded model, in float32, of every way of sharing against one process's; under the guard."""
+    request = {"num_inference_steps": 2 if small else 20, "seed": 1} | ({"num_frames": 5} if small else {})
     prompt, want = "a red circle moves right on a black background", None
     ways = {
-        "alone": None,
+        "alone": ALONE,
         "tokens": Parallel(world, world.size()),
         "tokens, weights": Parallel(world, world.size(), dit_fsdp=True, t5_fsdp=True),
         "guidance, weights": Parallel(world, cfg_parallel=True, dit_fsdp=True, t5_fsdp=True),
     }
-    for name, parallel in ways.items():
-        given = {} if parallel is None else {"parallel": parallel}
-        pipe = mlx_wan.WanPipeline.from_pretrained("tiny", mx.float32, **given)
-        pipe(prompt, **request | {"num_inference_steps": 1})
-        begin = time.perf_counter()
-        got = pipe(prompt, **request).latents
-        mx.eval(got)
-        seconds = time.perf_counter() - begin
-        want = got if want is None else want
-        error = float(mx.linalg.norm(got - want) / mx.linalg.norm(want))
-        if world.rank() == 0:
-            print(f"clip of the embedded model, {name}: {seconds:.2f} s, relative difference {error:.1e}", flush=True)
+    with Guard(world) as guard:
+        check_agreement(world, {"seed": "1"}, guard.hosts)
+        for name, parallel in ways.items():
+            pipe = mlx_wan.WanPipeline.from_pretrained("tiny", mx.float32, parallel=parallel)
+            pipe(prompt, **request | {"num_inference_steps": 1})
+            begin = time.perf_counter()
+            got = pipe(prompt, **request)
+            mx.eval(got.latents)
+            seconds = time.perf_counter() - begin
+            want = got if want is None else want
+            if world.rank() == 0:
+                error = float(mx.linalg.norm(got.latents - want.latents) / mx.linalg.norm(want.latents))
+                pixels = np.abs(got.frames.astype(int) - want.frames.astype(int)).max()
+                how = f"{seconds:.2f} s, relative difference {error:.1e}, of frames at most {pixels} of 255"
+                print(f"clip of the embedded model, {name}: {how}", flush=True)
 
 
 def tiles() -> None:

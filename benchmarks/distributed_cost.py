@@ -4,8 +4,9 @@
     uv run python benchmarks/distributed_cost.py --tflops 12 --gbytes 3 --milliseconds 0.1    # your own machines
 
 A step is two transformer calls (guidance). Each call: compute, divided among the ranks of a group by tokens; in every
-block one all_gather of keys and values; and, with weights spread, one all_gather of the block's matrices. Nothing
-overlaps, because nothing in mlx-wan starts an exchange before its result is needed.
+block an all_gather of keys and one of values; and, with weights spread, one of the block's matrices. Decoding: divided
+by rows, with an exchange of the rows at the edges before every convolution. Nothing overlaps here: keys and values are
+exchanged beside other work, but on two H100s that hid only a sixth of it (docs/distributed.md).
 """
 
 import argparse
@@ -29,7 +30,10 @@ PAYS = 0.5  # efficiency below which another machine is called a waste: half of 
 
 @dataclass(frozen=True)
 class Model:
-    """Dimensions of a transformer, a clip's grid of tokens, and TFLOP of decoding the clip."""
+    """Dimensions of a transformer, a clip's grid of tokens, and TFLOP of decoding one latent frame (0: not counted).
+
+    edges: bytes that a rank sends of its rows at the edges for each latent frame, in `EXCHANGES` exchanges.
+    """
 
     name: str
     dim: int
@@ -39,6 +43,7 @@ class Model:
     decode_tflop: float
     steps: int
     text_len: int = 512
+    edges: float = 0.0
 
     @property
     def tokens(self) -> int:
@@ -58,10 +63,11 @@ class Model:
         return self.layers * (products + attention)
 
 
-# The decoder: 57 TFLOP a latent frame of the 5B at 1280x704, counted from its convolutions. For the A14B's there is no
-# count here: left out.
+# The decoder: 57 TFLOP a latent frame of the 5B at 1280x704, counted from its convolutions, and 89 MB of rows in
+# bfloat16, from their shapes. For the A14B's there is no count here: left out.
+EXCHANGES = 33
 MODELS = (
-    Model("TI2V-5B, 1280x704, 121 frames", 3072, 14336, 30, (31, 22, 40), 31 * 57.0, 50),
+    Model("TI2V-5B, 1280x704, 121 frames", 3072, 14336, 30, (31, 22, 40), 57.0, 50, edges=89.2e6),
     Model("A14B, 1280x720, 81 frames", 5120, 13824, 40, (21, 45, 80), 0.0, 40),
 )
 
@@ -106,11 +112,20 @@ def step(model: Model, machines: Machines, guidance: bool = False, spread: bool 
     frame = model.grid[1] * model.grid[2]
     busiest = math.ceil(frame / ranks) / frame  # the rank with the largest share keeps the others waiting
     compute = passes * model.flop() * busiest / (machines.tflops * 1e12)
-    exchanged = 2 * model.tokens * model.dim * BYTES  # keys and values of a block
+    exchanged = model.tokens * model.dim * BYTES  # keys of a block, or values
     reached = machines.count if ranks > 1 else 1
-    gather = gather_seconds(machines, reached, exchanged * reached / ranks)
+    gather = 2 * gather_seconds(machines, reached, exchanged * reached / ranks)
     block = gather_seconds(machines, machines.count, model.weights * BYTES) if spread else 0.0
     return Step(compute, passes * model.layers * gather, passes * model.layers * block)
+
+
+def decode_seconds(model: Model, machines: Machines) -> float:
+    """Decoding a clip with rows shared by all machines."""
+    rows = 2 * model.grid[1]  # of latents; patches are 2x2
+    busiest = math.ceil(rows / machines.count) / rows
+    sent = gather_seconds(machines, machines.count, model.edges * machines.count)
+    sent += (EXCHANGES - 1) * gather_seconds(machines, machines.count, 0)
+    return model.grid[0] * (model.decode_tflop * busiest / machines.tflops + sent)
 
 
 def main() -> None:
@@ -146,9 +161,11 @@ def cells(model: Model, machines: Machines) -> list[str]:
             best = min(best, seconds)
             efficiency = alone / seconds / machines.count
             found.append(f"{seconds:.1f} s ({efficiency:.0%}{'' if efficiency >= PAYS else ', no'})")
-    decode = model.decode_tflop / machines.tflops
-    found.append(f"{(model.steps * alone + decode) / (model.steps * best + decode):.1f}x" if decode else "not counted")
-    return found
+    if not model.decode_tflop:
+        return [*found, "not counted"]
+    one = Machines(1, machines.tflops, machines.rate, machines.latency)
+    whole = model.steps * alone + decode_seconds(model, one)
+    return [*found, f"{whole / (model.steps * best + decode_seconds(model, machines)):.1f}x"]
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from mlx.utils import tree_flatten
 
 from mlx_wan import backend
 from mlx_wan.memory.plan import Dimensions, Setting, plans
-from mlx_wan.models.transformer import TransformerConfig, WanTransformer
+from mlx_wan.models.transformer import TransformerConfig, WanTransformer, rope_table
 from mlx_wan.models.umt5 import TextEncoderConfig, UMT5Encoder
 from mlx_wan.models.vae22 import VAEConfig, WanVAE22
 from mlx_wan.text import Tokenizer, clean_prompt
@@ -121,6 +121,7 @@ def planned_peaks(folder: Path, low_memory: bool) -> dict[str, int]:
 
 def pipeline_memory(folder: Path, low_memory: bool) -> Iterator[tuple[str, int, int]]:
     """(stage, bytes held at its end, most bytes within it) of one run, beyond what was held before."""
+    rope_table.cache_clear()  # of another size, which would leave memory in the middle of the run
     mx.clear_cache()
     before = mx.get_active_memory()
     pipe = mlx_wan.WanPipeline.from_pretrained(folder, dtype=mx.float32, low_memory=low_memory)

@@ -1,4 +1,4 @@
-"""Draws the curves of both training stages into one picture, from the logs that `mlx-wan train` wrote.
+"""Draws the curves of training runs into one picture, a row each, from the logs that `mlx-wan train` wrote.
 
 uv run python benchmarks/plot_training.py RUN_VAE RUN_TINY docs/images/training.png
 """
@@ -13,15 +13,14 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-# One panel each: stage, number in the log, title, logarithmic axis.
-PANELS = (
-    (0, "loss", "autoencoder: training loss", True),
-    (0, "val_psnr", "autoencoder: held-out PSNR in dB", False),
-    (1, "loss", "transformer: training loss", True),
-    (1, "val_loss", "transformer: held-out loss", True),
-)
+# What a run of either stage has in its log: number held out, name of the stage, title, logarithmic axis, colour.
+KINDS = {
+    "val_psnr": ("autoencoder", "held-out PSNR in dB", False, "tab:blue"),
+    "val_loss": ("transformer", "held-out loss", True, "tab:orange"),
+}
 
 
 def read_log(run: Path) -> dict[str, tuple[list[int], list[float]]]:
@@ -43,28 +42,34 @@ def read_log(run: Path) -> dict[str, tuple[list[int], list[float]]]:
 
 
 def draw(logs: list[dict[str, tuple[list[int], list[float]]]]) -> Figure:
-    figure, axes = plt.subplots(2, 2, figsize=(10, 6), dpi=120, layout="constrained")
-    for axis, (stage, name, title, logarithmic) in zip(axes.flat, PANELS, strict=True):
-        steps, values = logs[stage].get(name, ([], []))
-        axis.plot(steps, values, color="tab:blue" if stage == 0 else "tab:orange", linewidth=1.3)
-        if name == "val_psnr" and "val_psnr_min" in logs[stage]:
-            axis.plot(*logs[stage]["val_psnr_min"], color="tab:blue", linewidth=1, linestyle=":")
-            axis.legend(["mean of the clips", "worst clip"])
-        if logarithmic and values:
-            axis.set_yscale("log")
-        axis.set_title(title, fontsize=10)
-        axis.set_xlabel("step")
-        axis.grid(alpha=0.3, which="both")
+    """One row a run: its training loss, and what it reached on held-out clips."""
+    figure, axes = plt.subplots(len(logs), 2, figsize=(10, 3 * len(logs)), dpi=120, layout="constrained", squeeze=False)
+    for row, log in zip(axes, logs, strict=True):
+        number = next(name for name in KINDS if name in log)
+        stage, title, logarithmic, colour = KINDS[number]
+        _curve(row[0], log["loss"], f"{stage}: training loss", True, colour)
+        _curve(row[1], log[number], f"{stage}: {title}", logarithmic, colour)
+        if "val_psnr_min" in log:
+            row[1].plot(*log["val_psnr_min"], color=colour, linewidth=1, linestyle=":")
+            row[1].legend(["mean of the clips", "worst clip"])
     return figure
 
 
+def _curve(axis: Axes, points: tuple[list[int], list[float]], title: str, logarithmic: bool, colour: str) -> None:
+    axis.plot(*points, color=colour, linewidth=1.3)
+    if logarithmic:
+        axis.set_yscale("log")
+    axis.set_title(title, fontsize=10)
+    axis.set_xlabel("step")
+    axis.grid(alpha=0.3, which="both")
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Draws the curves of both training stages into one picture.")
-    parser.add_argument("run_vae", type=Path, help="--run folder of stage one")
-    parser.add_argument("run_tiny", type=Path, help="--run folder of stage two")
+    parser = argparse.ArgumentParser(description="Draws the curves of training runs into one picture.")
+    parser.add_argument("runs", type=Path, nargs="+", help="--run folders of either stage")
     parser.add_argument("out", type=Path, help="PNG to write")
     args = parser.parse_args()
-    figure = draw([read_log(args.run_vae), read_log(args.run_tiny)])
+    figure = draw([read_log(run) for run in args.runs])
     args.out.parent.mkdir(parents=True, exist_ok=True)
     partial = args.out.with_name(f".{args.out.name}.partial")
     try:

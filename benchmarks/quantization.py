@@ -1,6 +1,6 @@
 """What each quantization mode costs and saves: bytes, error of one transformer call, PSNR of a whole run.
 
-    uv run python benchmarks/quantization.py                  # the embedded model, against float32
+    uv run python benchmarks/quantization.py                  # the embedded model, or --model DIR, against float32
     uv run python benchmarks/quantization.py --true_size      # TI2V-5B's widths, random weights; wants a GPU
     uv run python benchmarks/quantization.py --true_size --layers 1 --size 64 --frames 5    # small enough for a CPU
 
@@ -36,30 +36,31 @@ WAYS = tuple(Quantization(bits, None, mode) for mode, (all_bits, _) in MODES.ite
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Measure what quantization costs and saves.")
     parser.add_argument("--true_size", action="store_true", help="TI2V-5B's widths with random weights")
+    parser.add_argument("--model", default="tiny", metavar="DIR", help="instead of the embedded model")
     parser.add_argument("--layers", type=int, default=30, help="true size: transformer blocks")
     parser.add_argument("--size", type=int, default=704, help="true size: side of the frames, a multiple of 32")
     parser.add_argument("--frames", type=int, default=121, help="true size: frames of the clip, 4n+1")
-    parser.add_argument("--steps", type=int, default=20, help="embedded model: denoising steps")
+    parser.add_argument("--steps", type=int, default=20, help="whole runs: denoising steps")
     args = parser.parse_args(argv)
     start = time.perf_counter()
     if args.true_size:
         true_size(args.layers, args.size, args.frames)
     else:
-        embedded(args.steps)
+        embedded(args.model, args.steps)
     print(f"\n{backend.device_name()}, {time.perf_counter() - start:.0f} s")
     return 0
 
 
-def embedded(steps: int) -> None:
-    """The model of this package: files, one call, and whole runs."""
-    exact = mlx_wan.WanPipeline.from_pretrained("tiny", dtype=mx.float32, low_memory=False)
+def embedded(model: str, steps: int) -> None:
+    """The model of this package, or a small one: files, one call, and whole runs."""
+    exact = mlx_wan.WanPipeline.from_pretrained(model, dtype=mx.float32, low_memory=False)
     call, videos = one_call(exact), [clip(exact, prompt, steps) for prompt in PROMPTS]
     print("| mode | transformer, MB | text encoder, MB | error of one call | PSNR of a run, dB |")
     print("| --- | ---: | ---: | ---: | ---: |")
     print(f"| float32 | {mb(exact.transformer)} | {mb(exact.text_encoder)} | 0 | ∞ |")
     for how in (replace(way, group_size=min(way.group_size, 32)) for way in WAYS):
         with tempfile.TemporaryDirectory() as name:
-            folder = convert("tiny", Path(name) / "model", mx.float32, how.bits, how.group_size, how.mode)
+            folder = convert(model, Path(name) / "model", mx.float32, how.bits, how.group_size, how.mode)
             pipe = mlx_wan.WanPipeline.from_pretrained(folder, dtype=mx.float32, low_memory=False)
             error = relative(one_call(pipe), call)
             ratios = [psnr(clip(pipe, prompt, steps), video) for prompt, video in zip(PROMPTS, videos, strict=True)]

@@ -360,9 +360,12 @@ class WanPipeline(AdapterWords):
         if request.source is not None:
             latents = latents[:, len(request.source.references) :]
         yield Event("latents", 1, 1, latents)
-        if decode and self.parallel.is_first:
-            for index, piece in enumerate(self.vae.stream_decode(latents, self.low_memory), start=1):
+        if decode:
+            pieces = self.parallel.stream_decode(self.vae, latents)
+            for index, piece in enumerate(pieces, start=1):
                 _check_piece(piece, latents[:, index - 1], index)
+                if not self.parallel.is_first:
+                    continue
                 yield Event("frames", index, latents.shape[1], to_uint8(piece[0]))
 
     def _denoising(self, request: _Request) -> Generator[Event, None, Iterator[Point]]:
@@ -411,12 +414,12 @@ class WanPipeline(AdapterWords):
 
         if request.source is not None:
             size = request.width, request.height, request.num_frames
-            channels = control_channels(self.vae.encode, request.source, *size, self.checkpoint.vae_config.stride)
+            channels = control_channels(self._encode, request.source, *size, self.checkpoint.vae_config.stride)
             condition = Condition(control=Control(channels, request.source.scale))
         elif self.spec.task == "ti2v":
             size = request.width, request.height
             frames = np.concatenate([image_to_frame(picture, *size) for picture in request.pictures.values()], axis=1)
-            condition = Condition(first_frame=self.vae.encode(mx.array(frames)))
+            condition = Condition(first_frame=self._encode(mx.array(frames)))
             mx.eval(condition.first_frame)
         else:
             condition = self._known_frames(request)
@@ -434,12 +437,15 @@ class WanPipeline(AdapterWords):
         pictures = {place: cropped(picture, *size, step) for place, picture in request.pictures.items()}
         frames = {place: stretched_frame(picture, *size) for place, picture in pictures.items()}
         stride = self.checkpoint.vae_config.stride[0]
-        channels, image = known_channels(frames, request.num_frames, stride, self.vae.encode), None
+        channels, image = known_channels(frames, request.num_frames, stride, self._encode), None
         if self.image_encoder is not None:
             ends = [picture for place, picture in pictures.items() if place in (0, request.num_frames - 1)]
             image = image_tokens(ends, self.image_encoder.config.image_size, self.image_encoder)
         mx.eval(channels, image)
         return Condition(channels=channels, image=image)
+
+    def _encode(self, video: mx.array) -> mx.array:
+        return self.parallel.encode(self.vae, video)
 
     def _padded(self, embedding: mx.array) -> mx.array:
         """(n, text_dim) -> (1, text_len, text_dim): the reference fills up with zeros, which attention does see."""

@@ -7,7 +7,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import mlx.core as mx
@@ -74,7 +74,7 @@ def check(model: Dimensions, setting: Setting, parts: tuple[str, ...], pieces: i
 
 def planned(model: Dimensions, setting: Setting, pieces: int, device: str, memory: int = 0) -> dict[str, Stage]:
     """Part -> what it will hold alone; `device` and `memory` as `memory.plan.plans`."""
-    keeping, leaving = ({stage.name: stage for stage in plan.stages} for plan in plans(model, setting, device, memory))
+    leaving = {stage.name: stage for stage in plans(model, setting, device, memory)[1].stages}
     frames, size = _frames(model, setting, pieces), (setting.width, setting.height)
     weights = leaving["decode"].weights
     room = memory - weights if device == "CUDA" else math.inf
@@ -83,7 +83,7 @@ def planned(model: Dimensions, setting: Setting, pieces: int, device: str, memor
         "text": leaving["text"],
         "encode": Stage("encode", weights, encoding),
         "transformer": leaving["denoise"],
-        "decode": replace(keeping["decode"], weights=weights),  # whose pieces need not be frugal
+        "decode": leaving["decode"],
     }
 
 
@@ -168,6 +168,7 @@ def _vae(part: str, model: Dimensions, setting: Setting, repeat: int, pieces: in
     stride_t, stride_h, stride_w = model.vae.stride
     frames = _frames(model, setting, pieces)
     if part == "decode":
+        count = frames
         inputs = mx.random.normal((1, frames, setting.height // stride_h, setting.width // stride_w, model.vae.z_dim))
         stream = module.stream_decode
     else:
@@ -175,20 +176,20 @@ def _vae(part: str, model: Dimensions, setting: Setting, repeat: int, pieces: in
         inputs = mx.random.uniform(-1, 1, (1, count, setting.height, setting.width, 3))
         stream = module.stream_encode
     mx.eval(inputs)
-    first, peaks, seconds = [0.0, 0.0], [0, 0], ([], [])
+    first, peaks, seconds = [0.0, 0.0], [0, 0], [0.0, 0.0]
     for attempt in range(2):  # the first time compiles
-        stages = stream(inputs)
-        for place in range(frames):
+        for row, length in enumerate((1, count)):
             mx.reset_peak_memory()
-            took, row = _timed(lambda stages=stages: next(stages)), min(place, 1)
-            if attempt == 0:
-                first[row] = first[row] or took
-            else:
-                seconds[row].append(took)
-                peaks[row] = max(peaks[row], mx.get_peak_memory())
-    for row, work in enumerate(("the first frame", f"each {stride_t} frames more")):
-        if seconds[row]:
-            yield Measurement(part, work, first[row], tuple(seconds[row]), peaks[row], _weights(module))
+            took = _timed(lambda length=length: [mx.eval(piece) for piece in stream(inputs[:, :length])])
+            seconds[row], peaks[row] = took, mx.get_peak_memory()
+            first[row] = first[row] if attempt else took
+    more = max(0, frames - 1)
+    yield Measurement(part, "the first frame", first[0], (seconds[0],), peaks[0], _weights(module))
+    if more:
+        # A stream works ahead, so that single pieces have no time of their own.
+        each = max(0.0, seconds[1] - seconds[0]) / more
+        work = f"each {stride_t} frames more"
+        yield Measurement(part, work, max(0.0, first[1] - seconds[0]), (each,), peaks[1], _weights(module))
 
 
 def _frames(model: Dimensions, setting: Setting, pieces: int) -> int:

@@ -8,7 +8,7 @@ import small
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_wan.errors import WanError
-from mlx_wan.models import autoencoder
+from mlx_wan.models import autoencoder, features
 from mlx_wan.models.autoencoder import CausalConv3d, FeatureCache, RMSNorm, Upsample
 from mlx_wan.models.layers import traceable
 from mlx_wan.models.vae21 import VAE21Config, WanVAE21
@@ -158,16 +158,48 @@ def test_latents_that_do_not_fit(model, shape):
 def test_convolutions_larger_than_mlx_counts_are_refused(monkeypatch):
     vae = WanVAE22(VAEConfig(dim=4, dec_dim=4, z_dim=4, latents_mean=(0.0,) * 4, latents_std=(1.0,) * 4))
     latents = mx.zeros((1, 1, 2, 2, 4))
-    monkeypatch.setattr(autoencoder, "MAX_ELEMENTS", 16 * 16 * 12)  # the last one: 2×2 pixels by colours are channels
+    largest = 3 * 16 * 16 * 12  # the last one: 2×2 pixels by colours are channels, for each of three frames
+    monkeypatch.setattr(autoencoder, "MAX_ELEMENTS", largest)
     vae.decode(latents)
-    monkeypatch.setattr(autoencoder, "MAX_ELEMENTS", 16 * 16 * 12 - 1)
+    monkeypatch.setattr(autoencoder, "MAX_ELEMENTS", largest - 1)
     with pytest.raises(WanError, match=r"a convolution of the VAE would have \d+ values"):
         vae.decode(latents)
 
 
-def test_a_frugal_stream_gives_the_same_video(model, latents):
-    frugal = np.array(mx.concatenate(list(model.stream_decode(latents, frugal=True)), axis=1))
-    assert cases.relative_error(frugal, np.array(model.decode(latents))) < 1e-6
+@pytest.mark.parametrize("number", [2, 4])
+def test_strips_give_the_same_video(model, kind, number, monkeypatch):
+    """Rows are handed over layer by layer, in the first piece, the second and those after."""
+    latents = mx.array(small.random("strips", (1, 3, 16, 3, KINDS[kind][2])))
+    whole, heights = np.array(model.decode(latents)), []
+    head = autoencoder.run_head
+
+    def noted(layers, x, cache):
+        heights.append(x.shape[2])
+        return head(layers, x, cache)
+
+    monkeypatch.setattr(autoencoder, "run_head", noted)
+    monkeypatch.setattr(FeatureCache, "strip_count", lambda self, x, least: number)
+    strips = np.array(model.decode(latents))
+    assert len(heights) == 3 * number
+    assert heights[0] < heights[1] <= heights[-1], "results are behind at the top"
+    assert cases.relative_error(strips, whole) < 1e-6
+
+
+def test_frames_pass_whole_unless_they_are_wide_and_a_stream(monkeypatch):
+    x = mx.zeros((1, 1, 40, 4, 8))
+    assert FeatureCache(streaming=True).strip_count(x, 16) == 1
+    monkeypatch.setattr(features, "STRIP", x.nbytes // 2)
+    assert FeatureCache(streaming=True).strip_count(x, 16) == 2
+    assert FeatureCache(streaming=True).strip_count(x, 24) == 1, "too low for two"
+    assert FeatureCache().strip_count(x, 16) == 1
+    assert FeatureCache(streaming=True).strip_count(mx.zeros((1, 4, 40, 4, 8)), 16) == 2, "whatever the frames"
+
+
+def test_a_stream_begins_the_next_piece_before_it_gives_one(model, latents, monkeypatch):
+    begun, pixels = [], type(model).pixels
+    monkeypatch.setattr(type(model), "pixels", lambda *given: begun.append(0) or pixels(*given))
+    counts = [len(begun) for _ in model.stream_decode(latents)]
+    assert counts == [2, 3, 4, 4]
 
 
 @pytest.mark.parametrize("temporal", [False, True])
@@ -191,8 +223,9 @@ def test_half_precision_stays_near(model, video, latents):
             assert 1e-5 < cases.relative_error(np.array(got), want) < bound
 
 
-def test_few_channels_are_convolved_frame_by_frame_on_cuda(monkeypatch):
-    layer, x = CausalConv3d(8, 8, (3, 3, 3)), mx.array(small.random("few", (1, 5, 4, 6, 8)))
+@pytest.mark.parametrize(("inputs", "outputs"), [(8, 8), (8, 12), (3, 12)])
+def test_few_channels_are_convolved_in_two_dimensions_on_cuda(monkeypatch, inputs, outputs):
+    layer, x = CausalConv3d(inputs, outputs, (3, 3, 3)), mx.array(small.random("few", (1, 5, 4, 6, inputs)))
     whole = np.array(layer.convolve(x))
     monkeypatch.setattr(autoencoder, "target", lambda: "CUDA")
     monkeypatch.setattr(mx, "conv3d", None)

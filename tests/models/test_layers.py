@@ -1,9 +1,11 @@
 """The CPU's own activations against MLX's, values and gradients."""
 
+import cases
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+import small
 
 from mlx_wan.models import layers
 
@@ -27,6 +29,31 @@ def test_activations_and_gradients(quick, plain):
     assert (np.abs(np.array(quick(x)) - np.array(plain(x))) / scale).max() < 3e-7
     slopes = [np.array(mx.grad(lambda x, f=f: f(x).sum())(x)) for f in (quick, plain)]
     assert np.abs(slopes[0] - slopes[1]).max() < 2e-6
+
+
+def test_quick_exp_against_float64():
+    x = np.linspace(-87, 0, 20001, dtype=np.float32)
+    found, want = np.array(layers.quick_exp(mx.array(x))), np.exp(x.astype(np.float64))
+    assert np.abs(found / want - 1).max() < 5e-6, "MLX's own: 3.9e-6"
+    assert np.abs(found / want - 1)[x > -2].max() < 3e-7
+    assert np.array(layers.quick_exp(mx.array([-1e30, 0.0]))).tolist() == pytest.approx([0, 1], abs=1e-37)
+    assert np.isnan(np.array(layers.quick_exp(mx.array([np.nan]))))
+
+
+def test_attention_of_few_scores_has_mlx_values_and_gradients(monkeypatch):
+    """Below the number from which MLX's softmax is taken, and above it."""
+    arrays = [mx.array(small.random(name, (2, n, 24))) * 4 for name, n in (("q", 7), ("k", 9), ("v", 9))]
+    weights = mx.array(small.random("weights", (2, 7, 24)))
+
+    def loss(q, k, v):
+        return (layers.attend(q, k, v, 3, 0.35) * weights).sum()
+
+    found = [layers.attend(*arrays, 3, 0.35), *mx.grad(loss, argnums=(0, 1, 2))(*arrays)]
+    monkeypatch.setattr(layers, "FEW_SCORES", 2 * 3 * 7 * 9 - 1)
+    monkeypatch.setattr(layers, "quick_exp", None)
+    want = [layers.attend(*arrays, 3, 0.35), *mx.grad(loss, argnums=(0, 1, 2))(*arrays)]
+    for a, b in zip(found, want, strict=True):
+        assert cases.relative_error(np.array(a), np.array(b)) < 1e-6
 
 
 def test_other_dtypes_keep_mlx_activations():
@@ -74,6 +101,7 @@ def test_on_cuda_attention_never_takes_the_gradient_that_loses_the_process(monke
 
 
 def test_attention_of_many_queries_is_several_kernels_of_the_same_values(monkeypatch):
+    monkeypatch.setattr(layers, "FEW_SCORES", 0)
     q, k, v = (mx.random.normal((2, n, 12), key=mx.random.key(i)) for i, n in enumerate((50, 21, 21)))
     want, calls = layers.attend(q, k, v, 3, 0.5), []
     fast = mx.fast.scaled_dot_product_attention

@@ -6,10 +6,12 @@ import mlx.core as mx
 import pytest
 
 from mlx_wan.memory.liveness import trace
-from mlx_wan.models import fused, layers
+from mlx_wan.models import fused, layers, vae_passes
+from mlx_wan.models.autoencoder import FeatureCache
 from mlx_wan.models.layers import Pace
 from mlx_wan.models.transformer import TransformerConfig, WanTransformer, rope_table
 from mlx_wan.models.umt5 import TextEncoderConfig, UMT5Encoder
+from mlx_wan.models.vae22 import VAEConfig, WanVAE22
 
 DIMS = {"dim": 64, "ffn_dim": 128, "num_heads": 4, "freq_dim": 16, "text_dim": 24, "text_len": 8}
 DIMS |= {"in_dim": 4, "out_dim": 4}
@@ -57,8 +59,9 @@ def test_a_block_passes_eight_times_over_its_tokens(monkeypatch):
 
 
 @pytest.mark.parametrize(("groups", "most"), [(1, 253), (3, 258)])
-def test_operations_of_a_block(groups, most):
+def test_operations_of_a_block(groups, most, monkeypatch):
     """Of the plain form as the CPU has it, where a norm is several: what there were on 2026-11-24."""
+    monkeypatch.setattr(layers, "FEW_SCORES", 0)  # MLX's softmax is one
     times = mx.full((1, groups), 500.0)
     one, two = (operations(transformer(n), latents(), times, CONTEXT) for n in (1, 2))
     assert sum((two - one).values()) <= most
@@ -96,7 +99,7 @@ def test_bytes_of_a_call(groups):
 
 def test_works_ahead_by_half_a_block(monkeypatch):
     done = []
-    monkeypatch.setattr(mx, "async_eval", lambda x: done.append(("begin", x.item())))
+    monkeypatch.setattr(mx, "async_eval", lambda x, *_: done.append(("begin", x.item())))
     monkeypatch.setattr(mx, "eval", lambda x: done.append(("wait", x.item())))
     pace = Pace()
     for part in range(3):
@@ -129,3 +132,24 @@ def test_text_encoder_looks_its_buckets_up_once():
     assert len(tables) == 1, "one array of buckets for every block"
     assert operations(model, ids)["Select"] == 0, "no mask where none is given"
     assert operations(model, ids, mask)["Select"] == 3
+
+
+@pytest.mark.parametrize("strips", [1, 3])
+def test_kernels_between_the_convolutions_of_a_piece(monkeypatch, strips):
+    """Of the VAE on CUDA: a norm before each convolution, a sum after each block, one pass around each doubling."""
+    passes, kernel = Counter(), vae_passes.cuda_kernel
+    monkeypatch.setattr(vae_passes, "cuda_kernel", lambda name, *text: passes.update([name]) or kernel(name, *text))
+    monkeypatch.setattr(FeatureCache, "strip_count", lambda *_: strips)
+    vae = WanVAE22(VAEConfig(dim=4, dec_dim=4, z_dim=4, latents_mean=(0.0,) * 4, latents_std=(1.0,) * 4))
+    with layers.traceable("CUDA"):
+        vae.pixels(mx.zeros((1, 1, 16, 2, 4)), FeatureCache(streaming=True))
+        whole, wide = 2 + 2 * 3, 2 * 3  # blocks before the last doubling of time, and after it
+        blocks = whole + wide * strips
+        assert passes == {
+            "wan_norm_silu": 2 * blocks + strips,
+            "wan_add": blocks,
+            "wan_interleave": 2 + strips,
+        }
+        passes.clear()
+        vae.moments(mx.zeros((1, 1, 64, 32, 3)), FeatureCache(streaming=True))
+        assert passes == {"wan_norm_silu": 2 * 10 + 1, "wan_add": 10, "wan_add_averages": 4}

@@ -15,6 +15,7 @@ import ranks
 import mlx_wan
 from mlx_wan.errors import CheckpointError, UserError
 from mlx_wan.models.transformer import FLOAT32_PARAMETERS
+from mlx_wan.parallel.plan import ALONE
 from mlx_wan.parallel.spread import Spread
 from mlx_wan.parallel.team import Team
 from mlx_wan.parallel.tokens import TokenShare
@@ -31,7 +32,9 @@ def alone(folder):
     """What one process makes, without and with a picture."""
     pipe = mlx_wan.WanPipeline.from_pretrained(folder)
     runs = {way: np.array(one_rank.run(pipe, way)) for way in ("tokens", "image", "cache")}
-    return runs | {"timesteps": np.array(one_rank.velocity(pipe))}
+    frames = {f"decoded {shape}": np.array(one_rank.decoded(ALONE, shape)) for shape in one_rank.DECODED}
+    frames |= {f"encoded {channels}": np.array(one_rank.encoded(ALONE, channels)) for channels in one_rank.ENCODED}
+    return runs | frames | {"timesteps": np.array(one_rank.velocity(pipe))}
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
@@ -41,13 +44,14 @@ def test_ranks_together_make_what_one_makes(size, folder, alone, tmp_path):
     results = ranks.finish(processes)
     assert [code for code, *_ in results] == [0] * size, results
     first = mx.load(str(tmp_path / "out-0.safetensors"))
-    assert set(first) == {*one_rank.ways(size), "timesteps"}
+    few = f"decoded {one_rank.DECODED[-1]}"  # the first rank decodes that alone
+    assert set(first) == {*one_rank.ways(size), "timesteps", *(name for name in alone if "coded" in name)}
     for way, latents in first.items():
         expected = alone.get(way, alone["tokens"])
         assert np.linalg.norm(np.array(latents) - expected) < 1e-5 * np.linalg.norm(expected), way
     for rank in range(1, size):
         for way, latents in mx.load(str(tmp_path / f"out-{rank}.safetensors")).items():
-            assert mx.array_equal(latents, first[way]), (rank, way)
+            assert mx.array_equal(latents, mx.zeros((1,)) if way == few else first[way]), (rank, way)
     held = [json.loads((tmp_path / f"out-{rank}.json").read_text()) for rank in range(size)]
     whole, spread = (np.array([h[way] for h in held]) for way in ("tokens", "weights"))
     assert (spread.sum(axis=0) >= whole[0]).all()  # nothing got lost

@@ -200,3 +200,9 @@ def test_the_same_seed_draws_the_same_batch_and_scenes_survive_json():
     assert first[0] != sample_batch(np.random.default_rng(8), 50)[0]
     for scene in first[0]:
         assert Scene.from_dict(scene.to_dict()) == scene
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_as_many_scenes_have_two_objects_as_are_wanted(share):
+    scenes, _, _ = sample_batch(np.random.default_rng(0), 400, two_objects=share)
+    assert sum(len(scene.objects) == 2 for scene in scenes) / 400 == pytest.approx(share, abs=0.08)

@@ -190,8 +190,8 @@ def test_the_pool_for_validation_shows_only_what_training_never_does(stages, tmp
     asked = []
     real = tiny.sample_batch
 
-    def spying(rng, n, held_out=False, objects=None):
-        scenes, params, captions = real(rng, n, held_out, objects)
+    def spying(rng, n, held_out=False, two_objects=0.35):
+        scenes, params, captions = real(rng, n, held_out, two_objects)
         asked.append({is_held_out(scene) for scene in scenes})
         return scenes, params, captions
 

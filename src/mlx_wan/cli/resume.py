@@ -116,7 +116,8 @@ def stand(args: argparse.Namespace, options: dict[str, Any]) -> "tuple[list[mx.a
     like = expected(scheduler, step, tuple(shape), cached)
     arrays = arrays_of(own or like)
     point = with_arrays(like, {name: args.crew.parallel.from_first(arrays[name]) for name in sorted(arrays)})
-    return done or [mx.zeros(shape)] * parts, point  # the first process alone decodes them
+    done = [args.crew.parallel.from_first(part) for part in done or [mx.zeros(shape)] * parts]
+    return done, point
 
 
 class Keeper:

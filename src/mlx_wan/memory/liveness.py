@@ -152,14 +152,15 @@ class _Buffer:
 # Results that may take over an input's buffer.
 # fmt: off
 ELEMENTWISE = frozenset((
-    "Abs", "Add", "AsType", "Ceil", "Cos", "Divide", "Equal", "Erf", "Exp", "Expm1", "Floor", "Greater", "LayerNorm",
-    "Less", "Log", "Log1p", "LogicalNot", "Maximum", "Minimum", "Multiply", "Negative", "NotEqual", "Power", "RMSNorm",
-    "Round", "Rsqrt", "Select", "Sigmoid", "Sign", "Sin", "Softmax", "Sqrt", "Square", "Subtract", "Tanh",
+    "Abs", "Add", "AsType", "BitwiseBinary", "Ceil", "Cos", "Divide", "Equal", "Erf", "Exp", "Expm1", "Floor",
+    "Greater", "LayerNorm", "Less", "Log", "Log1p", "LogicalNot", "Maximum", "Minimum", "Multiply", "Negative",
+    "NotEqual", "Power", "RMSNorm", "Round", "Rsqrt", "Select", "Sigmoid", "Sign", "Sin", "Softmax", "Sqrt",
+    "Square", "Subtract", "Tanh",
 ))
 # Results that share an input's buffer, where its strides allow.
 VIEWS = frozenset((
     "Broadcast", "BroadcastAxes", "Contiguous", "Copy", "Depends", "ExpandDims", "Flatten", "Reshape", "Slice",
-    "Split", "Squeeze", "StopGradient", "Transpose", "Unflatten",
+    "Split", "Squeeze", "StopGradient", "Transpose", "Unflatten", "View",
 ))
 # fmt: on
 
@@ -389,6 +390,8 @@ def _views(operation: Operation, shadows: list[np.ndarray], shapes: list[Shape])
     if name not in VIEWS:
         return None
     source = shadows[0]
+    if name == "View":  # as another type, here always one of the same size
+        return [source] if source.shape == shapes[0] else None
     if name in ("Copy", "Depends", "StopGradient"):
         return shadows[: len(shapes)]
     if name in ("Broadcast", "BroadcastAxes"):

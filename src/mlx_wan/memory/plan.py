@@ -149,7 +149,7 @@ def plans(model: Dimensions, setting: Setting, device: str, memory: int = 0) -> 
 
     def plan(held: dict[str, int], low_memory: bool) -> Plan:
         room = {name: memory - weights if device == "CUDA" else math.inf for name, weights in held.items()}
-        work = _work(model, setting, device, room, low_memory)
+        work = _work(model, setting, device, room)
         limit = memory if device == "CUDA" else 0
         return Plan(tuple(Stage(name, held[name], needed) for name, needed in work), low_memory, limit)
 
@@ -292,9 +292,7 @@ def _parameters(module: nn.Module, part: str, how: Quantization | None, dtype: m
 # --- work ----------------------------------------------------------------------------------------------------
 
 
-def _work(
-    model: Dimensions, setting: Setting, device: str, room: dict[str, float], frugal: bool
-) -> Iterator[tuple[str, int]]:
+def _work(model: Dimensions, setting: Setting, device: str, room: dict[str, float]) -> Iterator[tuple[str, int]]:
     """(stage, the most bytes it holds besides weights). room: stage -> the bytes from which on MLX runs less ahead."""
     model = replace(model, quantization=_traceable(model.quantization))
     how, dtype, size = model.text_quantization, setting.dtype, (setting.width, setting.height)
@@ -311,7 +309,7 @@ def _work(
     yield "denoise", _denoise_work(model, setting, device, room["denoise"])
     yield (
         "decode",
-        _latents(model.vae, setting).nbytes + _decode_work(model.vae, size, dtype, device, room["decode"], frugal),
+        _latents(model.vae, setting).nbytes + _decode_work(model.vae, size, dtype, device, room["decode"]),
     )
 
 
@@ -397,14 +395,10 @@ def _denoise_work(model: Dimensions, setting: Setting, device: str, room: float)
 
 
 @cache
-def _decode_work(
-    vae: VAEConfig | VAE21Config, size: tuple[int, int], dtype: mx.Dtype, device: str, room: float, frugal: bool
-) -> int:
+def _decode_work(vae: VAEConfig | VAE21Config, size: tuple[int, int], dtype: mx.Dtype, device: str, room: float) -> int:
     (_, stride_h, stride_w), (width, height) = vae.stride, size
     pieces = [mx.zeros((1, 1, height // stride_h, width // stride_w, vae.z_dim))] * 3
-    return _stream_peak(
-        vae, lambda m, z, c: clipped(m.pixels(m.denormalise(z), c)), pieces, dtype, device, room, frugal
-    )
+    return _stream_peak(vae, lambda m, z, c: clipped(m.pixels(m.denormalise(z), c)), pieces, dtype, device, room)
 
 
 def _module_peak(
@@ -436,7 +430,6 @@ def _stream_peak(
     dtype: mx.Dtype,
     device: str,
     room: float,
-    frugal: bool = False,
 ) -> int:
     """What `work` holds besides the VAE's weights, on piece after piece; from the third on they are alike."""
     module = make_vae(config)
@@ -450,7 +443,7 @@ def _stream_peak(
             nonlocal after
             _fill(module, named, arrays)
             old = dict(zip(before, arrays[len(named) + 1 :], strict=True))
-            after = FeatureCache(old, place == 0, streaming=True, frugal=frugal)
+            after = FeatureCache(old, place == 0, streaming=True)
             return [work(module, arrays[len(named)], after), *after.arrays()]
 
         old = list(remembered.values())

@@ -16,7 +16,9 @@ import mlx.nn as nn
 from mlx_wan.errors import WanError
 
 from . import vae_passes
-from .layers import SiLU, copied, finish, run_layers, target
+from .features import FeatureCache
+from .layers import SiLU, copied, run_layers, target, upload_stream
+from .share import Rows
 
 
 class AutoencoderConfig(Protocol):
@@ -62,67 +64,9 @@ def decoder_widths(config: AutoencoderConfig) -> list[int]:
     return [config.dec_dim * m for m in (config.dim_mult[-1], *reversed(config.dim_mult))]
 
 
-class FeatureCache:
-    """What the causal layers remember between pieces of one clip.
-
-    Attributes:
-        frames: by the id of the layer that keeps them.
-        first: true while the piece that holds the clip's first frame passes.
-        streaming: whether nobody asks for gradients: layers may then use kernels that have none, and large results are
-            computed at once, so that MLX holds no more than a layer's.
-        frugal: of a stream: even less, for a tenth more time.
-    """
-
-    def __init__(
-        self,
-        frames: dict[int, mx.array] | None = None,
-        first: bool = True,
-        streaming: bool = False,
-        frugal: bool = False,
-    ) -> None:
-        self.first, self.streaming, self.frugal = first, streaming, frugal
-        self.frames: dict[int, mx.array] = frames or {}
-
-    def recall(self, layer: nn.Module) -> mx.array | None:
-        """The frames `layer` kept from the piece before; None at the first."""
-        return self.frames.get(id(layer))
-
-    def keep(self, layer: nn.Module, frames: mx.array) -> None:
-        """Keeps a copy of `frames` for `layer`."""
-        self.frames[id(layer)] = copied(frames)
-
-    def extend(self, layer: nn.Module, x: mx.array, memory: int) -> mx.array:
-        """`x` behind the `memory` frames before it, zeros before the clip; keeps the last."""
-        b, _, h, w, c = x.shape
-        before = self.recall(layer)
-        x = mx.concatenate([mx.zeros((b, memory, h, w, c), x.dtype) if before is None else before, x], axis=1)
-        self.keep(layer, x[:, -memory:])
-        return x
-
-    def once(self, layer: nn.Module, make: Callable[[], mx.array]) -> mx.array:
-        """What `make` returns, made once a stream."""
-        if not self.streaming:
-            return make()
-        if id(layer) not in self.frames:
-            self.frames[id(layer)] = make()
-        return self.frames[id(layer)]
-
-    def settle(self, x: mx.array) -> mx.array:
-        """`x`; if it is large, in a stream, it and all frames kept are computed now."""
-        return finish(x, *self.arrays()) if self.streaming and x.nbytes >= LARGE else x
-
-    def portions(self, x: mx.array) -> list[mx.array]:
-        """`x` (B, T, ...) by a few frames at a time if the stream is frugal, else whole."""
-        return [x[:, i : i + PORTION] for i in range(0, x.shape[1], PORTION)] if self.frugal else [x]
-
-    def arrays(self) -> list[mx.array]:
-        """All stored frames, for mx.eval."""
-        return list(self.frames.values())
-
-
-LARGE = 1 << 25  # bytes of a result from which on a stream waits for it
-PORTION = 2  # frames that pass the widest layers of a frugal stream at once
-FEW_CHANNELS = 128  # up to which cuDNN takes less time for three 2-D convolutions than for a 3-D one; measured at 96
+# Of a convolution over time: up to which cuDNN is faster with three 2-D ones (measured at 96), and with one over the
+# channels of three frames (measured at 12).
+FEW_CHANNELS, FEW_INPUTS = 128, 64
 
 
 class Cached(nn.Module):
@@ -163,28 +107,64 @@ class CausalConv3d(Cached):
     def __call__(self, x: mx.array, cache: FeatureCache) -> mx.array:
         # x: (B, T, H, W, C). Frames before the clip are zeros.
         memory = self.weight.shape[1] - 1
-        return self.convolve(cache.extend(self, x, memory) if memory else x) + self.bias.astype(x.dtype)
+        padded = cache.extend(self, x, memory) if memory else x
+        if self.weight.shape[2] > 1:
+            padded = cache.border(self, padded)
+        return self.convolve(padded, cache.whole) + self.bias.astype(x.dtype)
 
     def after(self, norm: "RMSNorm", x: mx.array, cache: FeatureCache, bias: mx.array | None = None) -> mx.array:
-        """This convolution, without its bias, of silu(norm(x + bias))."""
+        """This convolution, without its bias, of silu(norm(x + bias)); of a strip, a row behind x."""
         memory = self.weight.shape[1] - 1
         if cache.streaming and vae_passes.has_kernels(x):
-            before = cache.recall(self)
-            padded, cache.frames[id(self)] = vae_passes.norm_silu(x, bias, norm.gamma, before, memory)
-            return self.convolve(padded)
-        x = _silu(norm(x if bias is None else x + bias.astype(x.dtype)))
-        return self.convolve(cache.extend(self, x, memory))
+            before, above = cache.recall(self), cache.rows_above(self)
+            padded, kept = vae_passes.norm_silu(x, bias, norm.gamma, before, memory, above, cache.top, cache.bottom)
+            cache.keep(self, kept)
+            cache.keep_rows(self, padded, 2)
+            padded = padded if cache.rows is None else cache.rows.border(padded)
+        else:
+            x = _silu(norm(x if bias is None else x + bias.astype(x.dtype)))
+            padded = cache.border(self, cache.extend(self, x, memory))
+        return self.convolve(padded, cache.whole)
 
-    def convolve(self, x: mx.array) -> mx.array:
-        """The convolution without its bias, over frames the caller has put in front."""
+    def by_frames(self, norm: "RMSNorm", x: mx.array, cache: FeatureCache) -> mx.array:
+        """This convolution of silu(norm(x)) in float32, each frame convolved once and the results of three summed up.
+
+        Where they are narrower than what they are made of, there is less to read and to remember.
+        """
+        out_dim, kt, kh, kw, in_dim = self.weight.shape
+        if cache.streaming and vae_passes.has_kernels(x):
+            x, _ = vae_passes.norm_silu(x, None, norm.gamma, None, 0, cache.rows_above(self), cache.top, cache.bottom)
+            cache.keep_rows(self, x, 2)
+            x = x if cache.rows is None else cache.rows.border(x)
+        else:
+            x = cache.border(self, _silu(norm(x)))
+        b, t, h, w, _ = x.shape
+        weight = cache.once(self, lambda: self.weight.swapaxes(0, 1).reshape(kt * out_dim, kh, kw, in_dim))
+        padding = kh // 2 if cache.whole else 0, kw // 2
+        _check_size(b * t * h * w * kt * out_dim)
+        y = mx.conv2d(x.reshape(b * t, h, w, in_dim), weight, padding=padding)
+        y = cache.extend(self, y.reshape(b, t, *y.shape[1:]), kt - 1)
+        frames = (y[:, i : i + t, :, :, i * out_dim : (i + 1) * out_dim].astype(mx.float32) for i in range(kt))
+        return sum(frames, self.bias.astype(mx.float32))
+
+    def convolve(self, x: mx.array, whole: bool = True) -> mx.array:
+        """The convolution without its bias, over frames the caller has put in front; and, unless frames are whole, over
+        rows around them."""
         out_dim, kt, kh, kw, _ = self.weight.shape
         b, t, h, w, _ = x.shape
         _check_size(b * ((t - kt) // self.stride_t + 1) * h * w * out_dim)
-        if target() == "CUDA" and (b, kt, self.stride_t) == (1, 3, 1) and x.shape[-1] == out_dim <= FEW_CHANNELS:
-            frames = (x[:, i : t - kt + i + 1].reshape(-1, *x.shape[2:]) for i in range(kt))
-            parts = [mx.conv2d(f, self.weight[:, i], padding=kh // 2) for i, f in enumerate(frames)]
-            return (parts[0] + parts[1] + parts[2])[None]
-        return mx.conv3d(x, self.weight, stride=(self.stride_t, 1, 1), padding=(0, kh // 2, kw // 2))
+        padding = kh // 2 if whole else 0, kw // 2
+        if target() == "CUDA" and (b, kt, self.stride_t) == (1, 3, 1):
+            frames = [x[0, i : t - kt + i + 1] for i in range(kt)]
+            if x.shape[-1] == out_dim <= FEW_CHANNELS:
+                parts = [mx.conv2d(f, self.weight[:, i], padding=padding) for i, f in enumerate(frames)]
+                return (parts[0] + parts[1] + parts[2])[None]
+            if x.shape[-1] <= FEW_INPUTS:
+                weight = self.weight.transpose(0, 2, 3, 1, 4).reshape(out_dim, kh, kw, -1)
+                rest = [(0, 0)] * 3 + [(0, -weight.shape[-1] % 8)]
+                stacked = mx.pad(mx.concatenate(frames, axis=-1), rest)
+                return mx.conv2d(stacked, mx.pad(weight, rest), padding=padding)[None]
+        return mx.conv3d(x, self.weight, stride=(self.stride_t, 1, 1), padding=(0, *padding))
 
 
 _silu = SiLU()
@@ -200,6 +180,8 @@ class Conv2d(nn.Conv2d):
 
 
 class ResidualBlock(Cached):
+    behind = 2  # rows of a strip: one for each convolution
+
     def __init__(self, in_dim: int, out_dim: int):
         super().__init__()
         self.residual = [
@@ -218,11 +200,13 @@ class ResidualBlock(Cached):
         h, bias = x, conv2.bias
         if isinstance(self.shortcut, CausalConv3d):
             h, bias = self.shortcut.convolve(x), bias + self.shortcut.bias
-        y = conv1.after(norm1, x, cache)
-        y = conv2.after(norm2, cache.settle(y) if cache.frugal else y, cache, conv1.bias)
+        y = cache.settle(conv1.after(norm1, x, cache))
+        y = cache.settle(conv2.after(norm2, y, cache, conv1.bias))
         if cache.streaming and vae_passes.has_kernels(y):
-            return cache.settle(vae_passes.add(h, y, bias))
-        return cache.settle(h + (y + bias.astype(y.dtype)))
+            above = cache.rows_above(self)
+            cache.keep_rows(self, h, self.behind)
+            return cache.settle(vae_passes.add(h, y, bias, above))
+        return cache.settle(cache.late(self, h, self.behind) + (y + bias.astype(y.dtype)))
 
 
 class AttentionBlock(Cached):
@@ -235,8 +219,11 @@ class AttentionBlock(Cached):
         self.proj = Conv2d(dim, dim, 1)
 
     def __call__(self, x: mx.array, cache: FeatureCache) -> mx.array:
-        b, t, h, w, c = x.shape
-        q, k, v = mx.split(self.to_qkv(self.norm(x)).reshape(b * t, 1, h * w, 3 * c), 3, axis=-1)
+        b, t, *_, c = x.shape
+        q, k, v = mx.split(self.to_qkv(self.norm(x)), 3, axis=-1)
+        if cache.rows is not None:
+            k, v = cache.rows.gather(k), cache.rows.gather(v)
+        q, k, v = (a.reshape(b * t, 1, -1, c) for a in (q, k, v))
         out = mx.fast.scaled_dot_product_attention(q, k, v, scale=c**-0.5)
         return x + self.proj(out.reshape(x.shape))
 
@@ -259,11 +246,12 @@ class Downsample(Cached):
 
     def __call__(self, x: mx.array, cache: FeatureCache) -> mx.array:
         # Only the right and lower edge are padded: the kernel starts on the pixel it halves.
-        x = run_layers(self.resample, mx.pad(x, [(0, 0), (0, 0), (0, 1), (0, 1), (0, 0)]))
+        x, bottom = (x, 1) if cache.rows is None else (cache.rows.border(x)[:, :, 1:], 0)
+        x = run_layers(self.resample, mx.pad(x, [(0, 0), (0, 0), (0, bottom), (0, 1), (0, 0)]))
         if "time_conv" not in self:
             return x
         before = cache.recall(self)
-        cache.keep(self, x[:, -1:])
+        cache.keep(self, copied(x[:, -1:]))
         bias = self.time_conv.bias.astype(x.dtype)
         if before is not None:
             return self.time_conv.convolve(mx.concatenate([before, x], axis=1)) + bias
@@ -308,27 +296,39 @@ class Upsample(Cached):
             x = mx.concatenate([single, rest], axis=1)
         return x
 
-    def double(self, x: mx.array, cache: FeatureCache, shortcut: mx.array | None = None, factor_t: int = 1) -> mx.array:
-        """Twice the rows and columns of x, and the unfolded channels of `shortcut` on top (`duplicate_up`)."""
+    def double(
+        self, x: mx.array, cache: FeatureCache, shortcut: mx.array | None = None, factor_t: int = 1, behind: int = 0
+    ) -> mx.array:
+        """Twice the rows and columns of x, and the unfolded channels of `shortcut` on top (`duplicate_up`).
+
+        Of a strip, x is `behind` rows behind the shortcut, and what is doubled one row more.
+        """
         conv = cast(Conv2d, self.resample[1])
-        b, t, h, w, c = x.shape
-        out_dim = conv.weight.shape[0]
+        b, t, _, w, _ = x.shape
+        x = cache.border(self, x)
+        out_dim, h = conv.weight.shape[0], x.shape[2] - (0 if cache.whole else 2)
         _check_size(b * t * 4 * h * w * out_dim)
         weight = cache.once(conv, lambda: vae_passes.phase_weights(conv.weight))
-        y = mx.conv2d(x.reshape(b * t, h, w, c), weight, padding=1)
-        y = y.reshape(b, t, h + 1, w + 1, 4 * out_dim)
+        y = mx.conv2d(x.reshape(b * t, *x.shape[2:]), weight, padding=(1 if cache.whole else 0, 1))
+        y = cache.settle(y.reshape(b, t, h + 1, w + 1, 4 * out_dim))
         if cache.streaming and vae_passes.has_kernels(y):
-            return vae_passes.interleave(y, conv.bias, shortcut, factor_t)
+            above = None
+            if shortcut is not None:
+                above = cache.rows_above(conv)
+                cache.keep_rows(conv, shortcut, behind + 1)
+            return vae_passes.interleave(y, conv.bias, shortcut, factor_t, above)
         y = y.reshape(b, t, h + 1, w + 1, 2, 2, out_dim)
         rows = [mx.stack([y[:, :, i : i + h, j : j + w, i, j] for j in (0, 1)], axis=4) for i in (0, 1)]
         y = mx.stack(rows, axis=3).reshape(b, t, 2 * h, 2 * w, out_dim) + conv.bias.astype(x.dtype)
-        return y if shortcut is None else y + duplicate_up(shortcut, out_dim, factor_t, 2, cache.first)
+        if shortcut is None:
+            return y
+        return y + duplicate_up(cache.late(conv, shortcut, behind + 1), out_dim, factor_t, 2, cache.first)
 
 
 def run_head(layers: list[nn.Module], x: mx.array, cache: FeatureCache) -> mx.array:
-    """Norm, SiLU and the last convolution."""
+    """Norm, SiLU and the last convolution, in float32."""
     norm, conv = cast(RMSNorm, layers[0]), cast(CausalConv3d, layers[2])
-    return conv.after(norm, x, cache) + conv.bias.astype(x.dtype)
+    return conv.by_frames(norm, x, cache)
 
 
 def middle(dim: int) -> list[nn.Module]:
@@ -350,7 +350,7 @@ class Encoder(nn.Module):
 
     def __call__(self, x: mx.array, cache: FeatureCache) -> mx.array:
         x = run_cached(self.downsamples, self.conv1(x, cache), cache)
-        return run_head(self.head, run_cached(self.middle, x, cache), cache)
+        return run_head(self.head, run_cached(self.middle, x, cache), cache).astype(x.dtype)
 
 
 class Decoder(nn.Module):
@@ -364,16 +364,15 @@ class Decoder(nn.Module):
         self.upsamples = list(stages)
         self.in_time = 1 + max((i for i, s in enumerate(self.upsamples) if getattr(s, "temporal", False)), default=-1)
         self.head = [RMSNorm(last), SiLU(), CausalConv3d(last, 3 * config.patch_size**2, (3, 3, 3))]
+        self.least_rows = 4 * (config.num_res_blocks + 2)  # more than all layers of a strip are behind together
 
     def __call__(self, x: mx.array, cache: FeatureCache) -> mx.array:
         x = run_cached(self.middle, self.conv1(x, cache), cache)
         x = run_cached(self.upsamples[: self.in_time], x, cache)
-        # All frames are there: the rest is the same for one as for many, and the widest.
-        done: list[mx.array] = []
-        for part in cache.portions(x):
-            part = finish(part, *done) if done else part
-            done.append(run_head(self.head, run_cached(self.upsamples[self.in_time :], part, cache), cache))
-        return mx.concatenate(done, axis=1)
+        # The rest is the widest.
+        wide = self.upsamples[self.in_time :]
+        done = [run_head(self.head, run_cached(wide, s, cache), cache) for s in cache.strips(x, self.least_rows)]
+        return mx.concatenate(done, axis=2) if len(done) > 1 else done[0]
 
 
 def fold_pixels(video: mx.array, p: int) -> mx.array:
@@ -404,6 +403,21 @@ def _check_floats(array: Any, what: str, channels: int) -> None:
     if array.ndim != 5 or array.shape[-1] != channels or not floats:
         dtype = str(array.dtype).removeprefix("mlx.core.")
         raise ValueError(f"{what} must be floats (B, T, H, W, {channels}), not {dtype} {tuple(array.shape)}")
+
+
+def _one_ahead(piece: Callable[[int], mx.array], places: range, cache: FeatureCache) -> Iterator[mx.array]:
+    """`piece` of each of the places, evaluated, the next one begun before: the device has work while one is taken."""
+    done: mx.array | None = None
+    for place in places:
+        begun = piece(place)
+        mx.async_eval(begun, *cache.arrays())
+        if done is not None:
+            mx.eval(done)
+            yield done
+        done = begun
+    if done is not None:
+        mx.eval(done)
+        yield done
 
 
 class WanVAE(nn.Module):
@@ -454,8 +468,10 @@ class WanVAE(nn.Module):
         """Latents as the decoder sees them."""
         return latents * mx.array(self.config.latents_std) + mx.array(self.config.latents_mean)
 
-    def stream_encode(self, video: mx.array) -> Iterator[mx.array]:
+    def stream_encode(self, video: mx.array, rows: Rows | None = None) -> Iterator[mx.array]:
         """Normalised latents, one frame (B, 1, h, w, z_dim) at a time, of a video (MLX's or NumPy's) as in `encode`.
+
+        rows: see `FeatureCache`; latents are of these rows.
 
         Raises ValueError for a shape that the strides do not divide, or for whole numbers.
         """
@@ -467,27 +483,41 @@ class WanVAE(nn.Module):
                 f"video of {frames} frames, {width}×{height}: frames must be {stride_t}n+1, "
                 f"width divisible by {stride_w} and height by {stride_h}"
             )
-        cache = FeatureCache(streaming=True)
-        for end in range(1, frames + 1, stride_t):
-            mean, _ = self.moments(mx.array(video[:, max(0, end - stride_t) : end]), cache)
-            latents = self.normalise(mean)
-            mx.eval(latents, cache.arrays())
-            yield latents
+        video = video if rows is None else rows.take(video)
+        cache, upload = FeatureCache(streaming=True, rows=rows), upload_stream()
 
-    def stream_decode(self, latents: mx.array, frugal: bool = False) -> Iterator[mx.array]:
+        def begun(end: int) -> mx.array:
+            part = mx.array(video[:, max(0, end - stride_t) : end]).astype(self.conv1.weight.dtype, stream=upload)
+            mx.async_eval(part)
+            return part
+
+        coming = begun(1)
+
+        def piece(end: int) -> mx.array:
+            nonlocal coming
+            given = coming
+            if end < frames:
+                coming = begun(end + stride_t)  # on its way to the device while this piece is computed
+            mean, _ = self.moments(given, cache)
+            return self.normalise(mean)
+
+        yield from _one_ahead(piece, range(1, frames + 1, stride_t), cache)
+
+    def stream_decode(self, latents: mx.array, rows: Rows | None = None) -> Iterator[mx.array]:
         """Video in pieces of 1, 4, 4, … frames (B, ·, H, W, 3) in [-1, 1], each evaluated; memory stays constant.
 
-        frugal: see `FeatureCache`.
+        rows: see `FeatureCache`; pieces are of these rows.
 
         Raises ValueError for latents of another shape than in `decode`.
         """
         _check_floats(latents, "latents", self.config.z_dim)
-        latents = mx.array(latents)
-        cache = FeatureCache(streaming=True, frugal=frugal)
-        for i in range(latents.shape[1]):
-            piece = clipped(self.pixels(self.denormalise(latents[:, i : i + 1]), cache))
-            mx.eval(piece, cache.arrays())
-            yield piece
+        latents = mx.array(latents) if rows is None else rows.take(mx.array(latents))
+        cache = FeatureCache(streaming=True, rows=rows)
+
+        def piece(i: int) -> mx.array:
+            return clipped(self.pixels(self.denormalise(latents[:, i : i + 1]), cache))
+
+        yield from _one_ahead(piece, range(latents.shape[1]), cache)
 
     def encode(self, video: mx.array) -> mx.array:
         """Normalised latent mean (B, t, h, w, z_dim) of a video (B, T, H, W, 3) in [-1, 1]; T = 4n + 1."""

@@ -57,26 +57,52 @@ def _cpu_silu_vjp(x: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
     return cotangent * sigmoid * (1 + x * (1 - sigmoid))
 
 
+# Of 2^x between ±1/2, by Chebyshev's points; the highest first.
+_EXP2 = (1.5461445e-4, 1.3400428e-3, 9.6180567e-3, 5.5503272e-2, 0.24022651, 0.69314721, 1.0)
+
+
+def quick_exp(x: mx.array) -> mx.array:
+    """exp of x up to 0 by multiplication and shifts alone, as good as MLX's, for float32.
+
+    MLX's CPU backend computes exp one value at a time too, which makes a softmax twice as slow.
+    """
+    y = mx.maximum(x * math.log2(math.e), -126)
+    whole = mx.round(y)
+    rest, power = y - whole, mx.array(_EXP2[0])
+    for coefficient in _EXP2[1:]:
+        power = power * rest + coefficient
+    return power * mx.left_shift(whole.astype(mx.int32) + 127, mx.array(23)).view(mx.float32)
+
+
+def _plain_softmax(x: mx.array) -> mx.array:
+    x = quick_exp(x - x.max(axis=-1, keepdims=True))
+    return x / x.sum(axis=-1, keepdims=True)
+
+
+_cpu_softmax = mx.custom_function(_plain_softmax)
+
+
+@_cpu_softmax.vjp
+def _cpu_softmax_vjp(x: mx.array, cotangent: mx.array, weights: mx.array) -> mx.array:
+    return weights * (cotangent - (cotangent * weights).sum(axis=-1, keepdims=True))
+
+
 def _plain_copy(x: mx.array) -> mx.array:
     return x * 1
 
 
-def _waited_for(x: mx.array, *others: mx.array) -> mx.array:
-    mx.eval(x, *others)
-    return x
-
-
-def _depended_on(x: mx.array, *others: mx.array) -> mx.array:
-    return mx.depends([x], [x, *others])[0]
-
-
 # Operations whose graphs mx.export_function cannot write, and the same in one that it can.
-_USUAL: dict[str, Callable] = {"gelu": _cpu_gelu, "silu": _cpu_silu, "copy": mx.contiguous, "finish": _waited_for}
+_USUAL: dict[str, Callable] = {
+    "gelu": _cpu_gelu,
+    "silu": _cpu_silu,
+    "softmax": _cpu_softmax,
+    "copy": mx.contiguous,
+}
 _TRACEABLE: dict[str, Callable] = {
     "gelu": _plain_gelu,
     "silu": _plain_silu,
+    "softmax": _plain_softmax,
     "copy": _plain_copy,
-    "finish": _depended_on,
 }
 _forms = dict(_USUAL)
 _traced_for: str | None = None
@@ -133,12 +159,14 @@ def target() -> str:
     return _traced_for or device_name()
 
 
-def finish(x: mx.array, *others: mx.array) -> mx.array:
-    """`x`, once it and `others` are computed.
+@lru_cache
+def _beside() -> mx.Stream:
+    return mx.new_stream(mx.gpu)
 
-    MLX hands out memory ahead of its work: what is made of the result gets none before this is done.
-    """
-    return cast(mx.array, _forms["finish"](x, *others))
+
+def upload_stream() -> mx.Stream:
+    """Where to put the first operation on an array of the host's, for the device to fetch it beside other work."""
+    return _beside() if device_name() == "CUDA" else mx.default_stream(mx.default_device())
 
 
 def is_traced() -> bool:
@@ -161,11 +189,11 @@ class Pace:
     def __init__(self) -> None:
         self._last: mx.array | None = None
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, *others: mx.array) -> mx.array:
         if is_traced():
-            x = mx.depends([x], [x if self._last is None else self._last])[0]
+            x = mx.depends([x], [x if self._last is None else self._last, *others])[0]
         else:
-            mx.async_eval(x)
+            mx.async_eval(x, *others)
             if self._last is not None:
                 mx.eval(self._last)
         self._last = x
@@ -201,6 +229,7 @@ def run_layers(layers: list[nn.Module], x: mx.array) -> mx.array:
     return x
 
 
+FEW_SCORES = 1 << 18  # which a core's cache holds, in several arrays: up to there `quick_exp` pays
 PIECE_BYTES = 1 << 26  # of scores in memory at a time, when attention is differentiated in pieces
 
 
@@ -306,6 +335,8 @@ def _attend(
     q, k, v = (a.reshape(batch, a.shape[1], num_heads, -1).transpose(0, 2, 1, 3) for a in (q, k, v))
     if in_pieces or (mask is None and _loses_the_process(q, k)):
         out = _attention_in_pieces(scale)(q, k, v)
+    elif mask is None and _on_cpu(q) and batch * num_heads * length * k.shape[2] <= FEW_SCORES:
+        out = cast(mx.array, _forms["softmax"]((q * scale) @ k.swapaxes(-1, -2))) @ v
     else:
         out = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
     return out.transpose(0, 2, 1, 3).reshape(batch, length, width)

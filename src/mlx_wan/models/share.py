@@ -1,4 +1,4 @@
-"""Which tokens of a transformer call this process works on: all of them, unless several processes share the call."""
+"""What of a call a process works on, unless it works alone: which tokens of a transformer, which rows of a VAE."""
 
 import mlx.core as mx
 
@@ -25,3 +25,19 @@ ALL = Share()
 def everything(grid: tuple[int, int, int]) -> Share:
     """The share of a process that works alone on a (t, h, w) grid of tokens."""
     return ALL
+
+
+class Rows:
+    """Which rows of each frame (B, T, H, W, C) a process works on in a VAE; `parallel.rows` has one's of many."""
+
+    def take(self, x: mx.array) -> mx.array:
+        """This process's rows of whole frames."""
+        raise NotImplementedError
+
+    def border(self, x: mx.array) -> mx.array:
+        """This process's rows with the one above and the one below, zeros beyond the frame."""
+        raise NotImplementedError
+
+    def gather(self, x: mx.array) -> mx.array:
+        """Whole frames, from this process's rows of them."""
+        raise NotImplementedError

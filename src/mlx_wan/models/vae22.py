@@ -12,6 +12,7 @@ from typing import cast
 import mlx.core as mx
 import mlx.nn as nn
 
+from . import vae_passes
 from .autoencoder import (
     Cached,
     Downsample,
@@ -77,8 +78,10 @@ class DownStage(Cached):
             self.downsamples.append(Downsample(out_dim, temporal))
 
     def __call__(self, x: mx.array, cache: FeatureCache) -> mx.array:
-        shortcut = average_down(x, self.out_dim, self.factor_t, self.factor_s)
-        return run_cached(self.downsamples, x, cache) + shortcut
+        y = run_cached(self.downsamples, x, cache)
+        if cache.streaming and vae_passes.has_kernels(y):
+            return vae_passes.add_averages(y, x, self.factor_t, self.factor_s)
+        return y + average_down(x, self.out_dim, self.factor_t, self.factor_s)
 
 
 class UpStage(Cached):
@@ -98,7 +101,9 @@ class UpStage(Cached):
             return run_cached(self.upsamples, x, cache)
         *blocks, last = self.upsamples
         upsample, y = cast(Upsample, last), run_cached(blocks, x, cache)
-        return cache.settle(upsample.double(upsample.double_time(y, cache), cache, x, 2 if self.temporal else 1))
+        behind = ResidualBlock.behind * len(blocks)
+        y = upsample.double(upsample.double_time(y, cache), cache, x, 2 if self.temporal else 1, behind)
+        return cache.settle(y)
 
 
 def down_stages(config: VAEConfig) -> Iterator[nn.Module]:

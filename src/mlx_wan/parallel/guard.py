@@ -19,6 +19,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_wan.errors import UserError, WanError
+from mlx_wan.parallel.team import exchange
 
 BEAT = 1.0  # seconds between two signs of life
 SILENCE = 20.0  # seconds without one after which a rank counts as hanging
@@ -34,9 +35,9 @@ class DisagreementError(UserError):
 def tell(world: mx.distributed.Group, text: str) -> list[str]:
     """What every rank told, in order of rank; all must call it."""
     raw = np.frombuffer(text.encode(), np.uint8)
-    lengths = np.array(mx.distributed.all_gather(mx.array([raw.size]), group=world))
+    lengths = np.array(exchange(mx.distributed.all_gather, mx.array([raw.size]), world))
     padded = np.pad(raw, (0, int(lengths.max()) - raw.size))
-    texts = np.array(mx.distributed.all_gather(mx.array(padded)[None], group=world))
+    texts = np.array(exchange(mx.distributed.all_gather, mx.array(padded)[None], world))
     return [bytes(row[:size]).decode() for row, size in zip(texts, lengths, strict=True)]
 
 

@@ -1,13 +1,15 @@
 """How the processes of a run share one video: by tokens, by the two passes of guidance, and by weights."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import mlx.core as mx
 
 from mlx_wan.errors import UserError
+from mlx_wan.models.autoencoder import WanVAE
 from mlx_wan.models.transformer import WanTransformer
 from mlx_wan.models.umt5 import UMT5Encoder
+from mlx_wan.parallel.rows import encode, stream_decode
 from mlx_wan.parallel.spread import Spread
 from mlx_wan.parallel.team import Team
 from mlx_wan.parallel.tokens import TokenShare
@@ -57,7 +59,7 @@ class Parallel:
 
     @property
     def is_first(self) -> bool:
-        """Whether this process decodes, writes and prints."""
+        """Whether this process hands out frames, writes and prints."""
         return self.rank == 0
 
     def from_first(self, array: mx.array) -> mx.array:
@@ -88,6 +90,14 @@ class Parallel:
         """What the first process decides, for all: numbers may differ in their last digits between machines."""
         # As a number: NCCL has no booleans.
         return decision if self.size == 1 else bool(self.from_first(mx.array([int(decision)])).item())
+
+    def encode(self, vae: WanVAE, video: mx.array) -> mx.array:
+        """As `WanVAE.encode`, shared by all processes; each gets the whole latents."""
+        return encode(vae, video, self._everybody)
+
+    def stream_decode(self, vae: WanVAE, latents: mx.array) -> Iterator[mx.array]:
+        """As `WanVAE.stream_decode`, shared by all processes; at least the first one gets the pieces."""
+        return stream_decode(vae, latents, self._everybody)
 
     def load_transformer(self, checkpoint: Checkpoint, dtype: mx.Dtype, part: str) -> WanTransformer:
         """As `weights.load.load_transformer`; it computes this process's tokens, with this process's weights."""

@@ -10,15 +10,22 @@ from mlx_wan.parallel.world import has_nccl
 
 
 @lru_cache(maxsize=1)
-def _exchanging() -> mx.Stream:
-    """Where NCCL works beside what is computed. One for all teams: ranks must meet in one order."""
-    return mx.new_stream(mx.gpu)
+def _beside() -> mx.Stream | None:
+    """Where NCCL works beside what is computed, one for all: ranks must meet in one order. None: the backend's own."""
+    return mx.new_stream(mx.gpu) if has_nccl() else None
+
+
+def exchange(collective: Callable[..., mx.array], x: mx.array, group: mx.distributed.Group | None) -> mx.array:
+    """What a collective of MLX makes of `x`; it begins now, and what is computed after it may take its time."""
+    # One graph over two streams would make MLX wait for the first on the CPU (CUDA, 0.32.4): so three graphs.
+    mx.async_eval(x)
+    result = collective(x, group=group, stream=_beside())
+    mx.async_eval(result)
+    return result
 
 
 class Team:
     """Some of the ranks of a world, this process among them.
-
-    An exchange begins when it is asked for, not when its result is: what is computed after it may take its time.
 
     Where the backend cannot split its group (ring, JACCL), all ranks gather and each takes its team's part: more
     traffic, the same result. All teams of a world must then gather arrays of the same shape at the same time.
@@ -36,7 +43,6 @@ class Team:
     def __init__(self, world: mx.distributed.Group | None, members: Sequence[int] | None = None):
         everyone = list(range(1 if world is None else world.size()))
         self._group = world
-        self._stream = _exchanging() if world is not None and has_nccl() else None  # None: the backend's own
         self._members = everyone if members is None else list(members)
         self._picks = len(self._members) < len(everyone)
         self.size = len(self._members)
@@ -52,13 +58,13 @@ class Team:
         """(size, *x.shape): everybody's `x`, which has one shape in the whole team."""
         if self.size == 1:
             return x[None]
-        everything = self._exchange(mx.distributed.all_gather, x[None])
+        everything = exchange(mx.distributed.all_gather, x[None], self._group)
         return everything[mx.array(self._members)] if self._picks else everything
 
     def all_sum(self, x: mx.array) -> mx.array:
         """The sum of everybody's `x`; of the whole world's team alone."""
         assert self.size == 1 or not self._picks
-        return x if self.size == 1 else self._exchange(mx.distributed.all_sum, x)
+        return x if self.size == 1 else exchange(mx.distributed.all_sum, x, self._group)
 
     def gather_rows(self, x: mx.array, counts: Sequence[int]) -> mx.array:
         """(sum(counts), ...): everybody's `x` (counts[rank], ...), one after the other; no copy if all have as many."""
@@ -66,15 +72,8 @@ class Team:
         padding = [(0, longest - x.shape[0])] + [(0, 0)] * (x.ndim - 1)
         everything = self.all_gather(mx.pad(x, padding) if x.shape[0] < longest else x)
         if min(counts) == longest:
-            return mx.flatten(everything, 0, 1, stream=self._stream)
+            return mx.flatten(everything, 0, 1, stream=_beside())
         return mx.concatenate([everything[i, :count] for i, count in enumerate(counts)])
-
-    def _exchange(self, collective: Callable[..., mx.array], x: mx.array) -> mx.array:
-        # One graph over two streams would make MLX wait for the first on the CPU (CUDA, 0.32.4): so three graphs.
-        mx.async_eval(x)
-        result = collective(x, group=self._group, stream=self._stream)
-        mx.async_eval(result)
-        return result
 
     def bounds(self, total: int) -> list[int]:
         """Where the members' shares of `total` things begin, and the last one's end; they differ by one at most."""

@@ -19,6 +19,7 @@ from mlx_wan.training.captions import build_tokenizer
 from mlx_wan.training.fields import build
 from mlx_wan.training.options import FREE_OPTIONS, FinetuneRecipe
 from mlx_wan.training.trainer import TrainConfig
+from mlx_wan.training.world import TWO_OBJECTS
 from mlx_wan.zoo import SAMPLING_TYPES
 
 RUN_FILE = "run.json"
@@ -85,10 +86,10 @@ class AutoencoderRecipe:
 class TransformerRecipe:
     """Stage two.
 
-    pool: clips drawn and encoded once, `encode_batch` at a time. objects: how many each shows, 1 or 2; none leaves it
-    to chance. captions: different captions of each. shift: of the noise levels (see objective.py). caption_dropout:
-    share of samples without a caption, for guidance. image_to_video: share of samples whose first latent frame is
-    given clean. sampling: how the finished model is sampled by default.
+    pool: clips drawn and encoded once, `encode_batch` at a time. two_objects: share of them that show two, not one.
+    captions: different captions of each. shift: of the noise levels (see objective.py). caption_dropout: share of
+    samples without a caption, for guidance. image_to_video: share of samples whose first latent frame is given clean.
+    sampling: how the finished model is sampled by default.
     """
 
     transformer: TransformerConfig
@@ -98,7 +99,7 @@ class TransformerRecipe:
     sampling: dict[str, Any]
     pool: int = 65536
     encode_batch: int = 16
-    objects: int | None = None
+    two_objects: float = TWO_OBJECTS
     captions: int = 4
     shift: float = 3.0
     caption_dropout: float = 0.1
@@ -107,11 +108,9 @@ class TransformerRecipe:
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "pool", "encode_batch", "captions", "validation_clips")
-        if self.objects not in (None, 1, 2):
-            raise UserError(f"objects is {self.objects}; it must be 1 or 2, or left out")
         if self.shift <= 0:
             raise UserError(f"shift is {self.shift}; it must be above 0")
-        for name in ("caption_dropout", "image_to_video"):
+        for name in ("two_objects", "caption_dropout", "image_to_video"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be from 0 to 1")
         _check_dimensions(self.transformer, self.text_encoder)

@@ -13,7 +13,16 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_wan.training.captions import caption
-from mlx_wan.training.world import BACKGROUNDS, CLIP_FRAMES, COLOURS, SHAPES, Scene, SceneObject, sample_scene
+from mlx_wan.training.world import (
+    BACKGROUNDS,
+    CLIP_FRAMES,
+    COLOURS,
+    SHAPES,
+    TWO_OBJECTS,
+    Scene,
+    SceneObject,
+    sample_scene,
+)
 
 MAX_OBJECTS = 2
 EDGE = 1.5  # width in pixels of the ramp from shape to background
@@ -58,14 +67,14 @@ def _signed_rgb(rgb: tuple[int, int, int]) -> tuple[float, ...]:
 
 
 def sample_batch(
-    rng: np.random.Generator, n: int, held_out: bool | None = False, objects: int | None = None
+    rng: np.random.Generator, n: int, held_out: bool | None = False, two_objects: float = TWO_OBJECTS
 ) -> tuple[list[Scene], np.ndarray, list[str]]:
     """Draw n scenes: (scenes, their parameters (n, 2, NUM_PARAMS) float32, a caption for each).
 
-    held_out, objects: as `sample_scene` has them; objects is its count.
+    held_out: as `sample_scene` has it. two_objects: the chance that a scene has two, not one.
     """
     draw = random.Random(int(rng.integers(2**63)))  # scalar draws cost a tenth of the NumPy generator's
-    scenes = [sample_scene(draw, held_out, objects) for _ in range(n)]
+    scenes = [sample_scene(draw, held_out, 2 if draw.random() < two_objects else 1) for _ in range(n)]
     return scenes, encode_scenes(scenes), [caption(scene, draw) for scene in scenes]
 
 

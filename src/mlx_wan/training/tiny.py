@@ -195,7 +195,7 @@ def encode_pool(
     draw_words = random.Random(seed)
     rng = np.random.default_rng([seed, int(held_out)])
     while done < count:
-        scenes, params, first = sample_batch(rng, batch, held_out=held_out, objects=recipe.objects)
+        scenes, params, first = sample_batch(rng, batch, held_out=held_out, two_objects=recipe.two_objects)
         latents.append(encode(mx.array(params)))
         mx.eval(latents[-1])  # one batch of pixels in memory at a time
         texts += [
