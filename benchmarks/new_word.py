@@ -3,10 +3,12 @@
     uv run python benchmarks/new_word.py runs/new-word       # the embedded model: LoRA, and QLoRA over 4 bits
     uv run python benchmarks/new_word.py runs/new-word --ways lora --prompts 20 --iters 50
 
-The word is "ivory": no caption of the training had it. Its colour was one of the backgrounds there, so that the
-autoencoder can show it, and never a shape's. Clips are drawn: some show ivory shapes, the others old colours, which
-keeps the old words. A judge without a network (training/judge.py) looks at clips of prompts with ivory in combinations
-of shape and motion that the clips did not show, and at the held-out prompts with the old colours, before and after.
+The word is "chestnut": no caption of the training had it, and its colour was a background there, never a shape's. Of
+the colours that were tried the embedded autoencoder shows this one, on white, as it is (of 16 true clips that went
+through it the judge knows all; of ivory on black none). Clips are drawn: some show chestnut shapes on white, the others
+old colours, which keeps the old words. A judge without a network (training/judge.py) looks at clips of prompts with
+chestnut in combinations of shape and motion that the clips did not show, and at the held-out prompts with the old
+colours, before and after.
 Recipe: recipes/new-word.yaml.
 """
 
@@ -40,8 +42,8 @@ from mlx_wan.training.world import CLIP_FPS, COLOURS, MOTIONS, SHAPES, Scene, sa
 from mlx_wan.weights.convert import convert
 from mlx_wan.weights.locate import locate
 
-WORD, RGB = "ivory", (235, 220, 190)  # over 100 from every other colour
-BEHIND = ("black", "gray", "navy", "brown")  # over 100 from these backgrounds
+WORD, RGB = "chestnut", (95, 60, 35)  # over 100 from every other colour
+BEHIND = ("white",)  # where the autoencoder can show it; elsewhere it makes pink of it
 CLIPS, OLD = 40, 20  # of the clips so many show old colours
 RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "new-word.yaml"
 WAYS = {"lora": None, "qlora": 4}  # bits of the model that is trained
@@ -91,7 +93,7 @@ def teach(args, pool: Executor | None) -> dict[str, dict[str, float]]:
         report[name] = {key: float(np.mean([verdict[key] for verdict in verdicts])) for key in RATES}
         print(f"{name:34}" + "  ".join(f"{key} {report[name][key]:6.1%}" for key in RATES), flush=True)
 
-    say("ivory clips through the VAE", new[:16], through_vae)
+    say("chestnut clips through the VAE", new[:16], through_vae)
     say("before, new word", new, generated)
     say("before, old words", old, generated)
     for way in args.ways:
@@ -118,7 +120,7 @@ def split(rng: random.Random) -> tuple[list[tuple[str, str]], list[tuple[str, st
 
 
 def new_scene(rng: random.Random, allowed: list[tuple[str, str]]) -> Scene:
-    """One ivory shape; its shape and motion are among those that are allowed."""
+    """One chestnut shape; its shape and motion are among those that are allowed."""
     while True:
         scene = sample_scene(rng, held_out=None, count=1)
         (thing,) = scene.objects

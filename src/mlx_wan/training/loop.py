@@ -3,6 +3,7 @@
 What a step does is for those who inherit: `trainer.Trainer` trains one model, `joint.Joint` the two experts of one.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -71,6 +72,17 @@ class _Signals:
             raise KeyboardInterrupt
         self.asked = True
         os.write(2, b"stopping: finishing this step and saving its state (again to stop at once)\n")
+
+
+def part(world: mx.distributed.Group) -> None:
+    """Lets the processes end, or go on by themselves, when each has what the others sent.
+
+    MLX's ring does not wait until all is sent: a process that ended at once would cut the others off.
+    """
+    if world.size() > 1:
+        mx.eval(mx.distributed.all_sum(mx.array(1), group=world))  # all sent before is there when this is
+        with contextlib.suppress(RuntimeError):  # whoever has ended needs nothing more
+            mx.eval(mx.distributed.all_sum(mx.array(1), group=world))
 
 
 class Loop(ABC):
@@ -196,7 +208,9 @@ class Loop(ABC):
                         saving(self.step)
                     self.save()
                 if stopping:
+                    part(self.world)
                     raise KeyboardInterrupt
+        part(self.world)
 
     def _pace(self, clock: _Clock) -> Row:
         rate, facts = clock.rate(self.step), self.facts()

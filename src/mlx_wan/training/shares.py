@@ -5,10 +5,12 @@ A process changes its share by gradients that are the same everywhere, then all 
 state by matrix.
 """
 
+from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx.utils import tree_map_with_path, tree_unflatten
 
 from mlx_wan.weights.whole import flat
@@ -42,25 +44,35 @@ class Shares:
         """The part of a tree like the weights that is this process's."""
         return tree_unflatten([(name, array) for name, array in flat(tree).items() if name in self.mine])
 
-    def exchanged(self, weights: Any) -> Any:
-        """All weights, each as it is in the process that keeps it; bit for bit.
+    def exchange(self, model: nn.Module) -> None:
+        """Gives a model all weights, each as it is in the process that keeps it; bit for bit.
 
-        One round after the other, with a parameter of each process, so that little is in memory twice.
+        One round after the other, with a parameter of each process, computed before the next begins: what it replaces
+        leaves memory then, and all exchange in one order.
         """
-        now, everybodys, before = flat(weights), {}, None
+        sent = self._sent()
         for each in self.rounds:
+            now = flat(model.trainable_parameters())
             longest = max(now[name].size for name in each if name)
             name = each[self.world.rank()] if self.world.rank() < len(each) else ""
             given = now[name].reshape(-1) if name else mx.zeros((0,), mx.float32)
             given = mx.pad(given, (0, longest - given.size))
-            if before is not None:
-                (given,) = mx.depends([given], [before])
-            before = mx.distributed.all_gather(given, group=self.world)
-            for place, name in enumerate(each):
-                if name:
-                    start = place * longest
-                    everybodys[name] = before[start : start + now[name].size].reshape(now[name].shape)
-        return tree_map_with_path(lambda name, _: everybodys[name], weights)
+            mx.eval(given)
+            everybodys = mx.distributed.all_gather(given, group=self.world)
+            parts = everybodys.reshape(-1, longest)
+            theirs = [
+                (other, mx.contiguous(part[: now[other].size]).reshape(now[other].shape))  # a view would hold them all
+                for other, part in zip(each, parts, strict=False)
+                if other and other != name
+            ]
+            mx.eval(theirs, everybodys)
+            sent.append((given, everybodys))
+            model.load_weights(theirs, strict=False)
+
+    def _sent(self) -> deque:
+        """Holds what may still be on its way: MLX's ring sends after a collective is computed, from memory that would
+        be used for something else. What is as many collectives old as there are processes has arrived."""
+        return deque(maxlen=2 * self.world.size())
 
     def joined(self, state: dict[str, Any], outline: dict[str, Any], common: Iterable[str]) -> dict[str, Any]:
         """The whole state of an optimizer, in the first process; elsewhere a tree of the same form.
@@ -76,13 +88,17 @@ class Shares:
     def _joined(
         self, here: dict[str, mx.array], outline: dict[str, mx.array], common: set[str]
     ) -> Iterator[tuple[str, mx.array]]:
+        sent = self._sent()
         for name, like in sorted(outline.items()):
             if name in common:
                 yield name, here[name]
                 continue
             mine = here[name] if name in here else mx.zeros(like.shape, like.dtype)
             # As whole numbers: a sum with zeros then leaves every bit as it is.
-            whole = mx.distributed.all_sum(mine.view(mx.uint32), group=self.world).view(like.dtype)
+            bits = mx.contiguous(mine.view(mx.uint32))
+            mx.eval(bits)
+            whole = mx.distributed.all_sum(bits, group=self.world)
             mx.eval(whole)  # one after the other: in one order everywhere, and gone where nobody needs it
+            sent.append((bits, whole))
             if self.world.rank() == 0:
-                yield name, whole
+                yield name, whole.view(like.dtype)

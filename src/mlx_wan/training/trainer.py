@@ -254,11 +254,20 @@ class Trainer(Loop):
         grads, norm = optim.clip_grad_norm(grads, self.config.grad_clip)
         if self.shares is None:
             self.optimizer.update(self.model, grads)
+            self.ema["weights"] = self._average(self.ema["weights"])
         else:
-            self.optimizer.update(self.model, self.shares.of(grads))
-            self.model.update(self.shares.exchanged(self.model.trainable_parameters()))
-        self.ema["weights"] = self._average(self.ema["weights"])
+            self.optimizer.update(self.model, self.shares.of(grads))  # the rest follows in `_exchange`
         return norm
+
+    def _exchange(self, numbers: Numbers) -> Numbers:
+        """What a step still has to do where the optimizer is shared out."""
+        if self.shares is not None:
+            if self.config.ema_decay == 0:
+                self.ema["weights"] = {}  # which are the weights of before
+            mx.eval(numbers, self.arrays())  # gradients leave memory
+            self.shares.exchange(self.model)
+            self.ema["weights"] = self._average(self.ema["weights"])
+        return numbers
 
     def _average(self, before: Any) -> Any:
         weights, decay = self.model.trainable_parameters(), self.config.ema_decay
@@ -274,7 +283,7 @@ class Trainer(Loop):
         batches = self._batches(self.step)
         keys = [mx.random.key(self.config.seed * 1_000_003 + index) for index in batches]
         if self.batches_a_step == self.world.size():
-            return self._whole_step(batch_at(batches[0]), keys[0])
+            return self._exchange(self._whole_step(batch_at(batches[0]), keys[0]))
         sums = tree_map(mx.zeros_like, self.model.trainable_parameters())
         rows = []
         for index, key in zip(batches, keys, strict=True):
@@ -283,7 +292,9 @@ class Trainer(Loop):
             rows.append(row)
         joined = {name: [row[name] for row in rows] for name in rows[0]}
         numbers = {name: mx.concatenate(v) if v[0].ndim else mx.stack(v).mean() for name, v in joined.items()}
-        return {**numbers, "grad_norm": self._apply(sums)}
+        norm = self._apply(sums)
+        del sums
+        return self._exchange({**numbers, "grad_norm": norm})
 
     def _batches(self, step: int) -> list[int]:
         """Numbers of the batches that this process takes for a step."""
