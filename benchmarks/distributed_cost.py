@@ -6,7 +6,7 @@
 A step is two transformer calls (guidance). Each call: compute, divided among the ranks of a group by tokens; in every
 block an all_gather of keys and one of values; and, with weights spread, one of the block's matrices. Decoding: divided
 by rows, with an exchange of the rows at the edges before every convolution. Nothing overlaps here: keys and values are
-exchanged beside other work, but on two H100s that hid only a sixth of it (docs/distributed.md).
+exchanged beside other work, but on two H200s that hid only a sixth of it (docs/distributed.md).
 """
 
 import argparse
