@@ -3,12 +3,12 @@
     uv run python benchmarks/new_word.py runs/new-word       # the embedded model: LoRA, and QLoRA over 4 bits
     uv run python benchmarks/new_word.py runs/new-word --ways lora --prompts 20 --iters 50
 
-The word is "chestnut": no caption of the training had it, and its colour was a background there, never a shape's. Of
-the colours that were tried the embedded autoencoder shows this one, on white, as it is (of 6 true clips that went
-through it the judge knew all, of 8 in ivory, on dark backgrounds, none). Clips are drawn: some show chestnut shapes on
-white, the others old colours, which keeps the old words. A judge without a network (training/judge.py) looks at clips
-of prompts with chestnut in combinations of shape and motion that the clips did not show, and at the held-out prompts with
-the old colours, before and after.
+The word is "chestnut": no caption of the training had it, and its colour was a background there, never a shape's.
+Of the colours that were tried the embedded autoencoder shows this one, on white, as it is (of 6 true clips that
+went through it the judge knew all, of 8 in ivory, on dark backgrounds, none). Clips are drawn: some show chestnut
+shapes on white, the others old colours, which keeps the old words. A judge without a network (training/judge.py)
+looks at clips of prompts with chestnut in combinations of shape and motion that the clips did not show, and at the
+held-out prompts with the old colours, before and after.
 Recipe: recipes/new-word.yaml.
 """
 
