@@ -290,13 +290,13 @@ def planned(folder, **setting):
 
 def test_what_does_not_fit_is_refused_with_what_does(requests, model, monkeypatch):
     keeping, leaving = planned(model)
-    # What takes most here is the text encoder; its rows are none that packing takes, and fewer frames do not help it.
-    for memory in (leaving - 1, 1000):
+    # What takes most here is decoding; fewer frames help it, but nothing is as small as 1,000 bytes.
+    for memory, help in ((leaving - 1, "--frame_num 1 fits"), (1000, "no smaller setting fits either")):
         monkeypatch.setattr(backend, "usable_memory", lambda memory=memory: memory)
         code, options, _, err = requests(SMALL_CLIP)
         assert (code, options) == (2, None)
         assert err.count("\n") == 1
-        assert re.search(r"error: text takes .* GiB of memory can be used: no smaller setting fits either", err)
+        assert re.search(rf"error: decode takes .* GiB of memory can be used: {help}", err)
     assert requests(f"{SMALL_CLIP} --ignore_plan")[0] == 0
     for memory, low_memory in ((leaving, True), (keeping - 1, True), (keeping, False)):
         monkeypatch.setattr(backend, "usable_memory", lambda memory=memory: memory)
