@@ -10,8 +10,3 @@ import mlx_wan  # noqa: F401  before mlx.core: it chooses the BLAS
 import mlx.core as mx  # isort: skip
 
 mx.set_default_device(mx.cpu)  # the golden numbers are compared in float32, which a GPU may round further
-
-
-def pytest_xdist_auto_num_workers(config) -> int:
-    """One more than there are cores: many tests wait for processes, servers and signals."""
-    return (os.cpu_count() or 1) + 1
