@@ -5,7 +5,6 @@ element-wise operations are separate passes; elsewhere, and while a graph is tra
 in plain MLX. Both compute in float32. `fused_gradients` has the way back.
 """
 
-import math
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, cast
@@ -13,8 +12,8 @@ from typing import Any, cast
 import mlx.core as mx
 
 from . import fused_gradients, layers
-from .layers import cuda_kernel, is_traced, target
-from .row_kernels import HEADER, Arrays, launch
+from .layers import is_traced, target
+from .row_kernels import CENTRED, Arrays, launch, launch_flat
 
 # --- plain MLX ---------------------------------------------------------------------------------------------------
 
@@ -101,19 +100,9 @@ _NORM_SOURCE = """
   float total = 0;
 #pragma unroll
   for (int part = 0; part < PARTS; part++) total += row[part][0] + row[part][1] + row[part][2] + row[part][3];
-  const float mean = block_sum<THREADS>(total, sums) / WIDTH;
-  total = 0;
-#pragma unroll
-  for (int part = 0; part < PARTS; part++) {
-    if (4 * (part * THREADS + threadIdx.x) < WIDTH) {
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        row[part][i] -= mean;
-        total += row[part][i] * row[part][i];
-      }
-    }
-  }
-  const float scale = rsqrtf(block_sum<THREADS>(total, squares) / WIDTH + EPS);
+"""
+_NORM_SOURCE += CENTRED
+_NORM_SOURCE += """
   const long long table = table_row(sample, place, length, gain_shape[0], gain_shape[1]) * WIDTH;
 #pragma unroll
   for (int part = 0; part < PARTS; part++) {
@@ -233,16 +222,7 @@ def _cuda_rms(eps: float, dtype: mx.Dtype, num_heads: int, x: mx.array, weight: 
 
 
 def _cuda_gelu(x: mx.array) -> Arrays:
-    kernel = cuda_kernel("gelu", ("x",), ("y",), _GELU_SOURCE, HEADER)
-    (y,) = kernel(
-        inputs=[x.reshape(-1, x.shape[-1])],
-        template=[("THREADS", 256)],
-        grid=(math.ceil(x.size / 2048) * 256, 1, 1),
-        threadgroup=(256, 1, 1),
-        output_shapes=[(x.size // x.shape[-1], x.shape[-1])],
-        output_dtypes=[x.dtype],
-    )
-    return (y.reshape(x.shape),)
+    return (launch_flat("gelu", {"x": x}, "y", _GELU_SOURCE),)
 
 
 # --- either ------------------------------------------------------------------------------------------------------

@@ -9,14 +9,13 @@ import math
 
 import mlx.core as mx
 
-from .layers import cuda_kernel
-from .row_kernels import HEADER, Arrays, launch
+from .row_kernels import CENTRED, Arrays, each_vector, launch, launch_flat
 
 MOST_ROWS = 32  # tokens that a block goes through
 
 # d_normed is the error of the norm's result, d_sum of what is added up before it, `sum` what was added up.
 _ROWS_SOURCE = """
-  __shared__ float odd[THREADS / 32], even[THREADS / 32];
+  __shared__ float sums[THREADS / 32], squares[THREADS / 32];
   const int length = sum_shape[1];
   const long long first = (long long)blockIdx.x * ROWS;
   const int sample = first / length, place = first % length;
@@ -41,22 +40,12 @@ _ROWS_SOURCE = """
 _NORM_TABLES = """
   const long long gain_row = table_row(sample, place, length, gain_shape[0], gain_shape[1]) * WIDTH;
   float gains[PARTS][4], gain_sum[PARTS][4] = {}, shift_sum[PARTS][4] = {};
-#pragma unroll
-  for (int part = 0; part < PARTS; part++) {
-    const int c = 4 * (part * THREADS + threadIdx.x);
-    if (c < WIDTH) load_row<4>(gain + gain_row + c, gains[part]);
-  }
-"""
+""" + each_vector(4, "load_row<4>(gain + gain_row + c, gains[part]);")
 
 _GATE_TABLES = """
   const long long gate_row = table_row(sample, place, length, gate_shape[0], gate_shape[1]) * WIDTH;
   float gates[PARTS][4], gate_sum[PARTS][4] = {};
-#pragma unroll
-  for (int part = 0; part < PARTS; part++) {
-    const int c = 4 * (part * THREADS + threadIdx.x);
-    if (c < WIDTH) load_row<4>(gate + gate_row + c, gates[part]);
-  }
-"""
+""" + each_vector(4, "load_row<4>(gate + gate_row + c, gates[part]);")
 
 # With x the normalised row and e its error times the gain, of the row before: (e - mean e - x mean(e x)) / deviation.
 _NORM_SOURCE = """
@@ -71,19 +60,9 @@ _NORM_SOURCE = """
         total += row[part][0] + row[part][1] + row[part][2] + row[part][3];
       }
     }
-    const float mean = block_sum<THREADS>(total, odd) / WIDTH;
-    total = 0;
-#pragma unroll
-    for (int part = 0; part < PARTS; part++) {
-      if (4 * (part * THREADS + threadIdx.x) < WIDTH) {
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-          row[part][i] -= mean;
-          total += row[part][i] * row[part][i];
-        }
-      }
-    }
-    const float scale = rsqrtf(block_sum<THREADS>(total, even) / WIDTH + EPS);
+"""
+_NORM_SOURCE += CENTRED
+_NORM_SOURCE += """
     float plain = 0, along = 0;
 #pragma unroll
     for (int part = 0; part < PARTS; part++) {
@@ -99,8 +78,8 @@ _NORM_SOURCE = """
         }
       }
     }
-    plain = block_sum<THREADS>(plain, odd) / WIDTH;
-    along = block_sum<THREADS>(along, even) / WIDTH;
+    plain = block_sum<THREADS>(plain, sums) / WIDTH;
+    along = block_sum<THREADS>(along, squares) / WIDTH;
 #pragma unroll
     for (int part = 0; part < PARTS; part++) {
 #pragma unroll
@@ -134,25 +113,13 @@ _GATE_SOURCE = """
         store_row<4>(d_y + start + c, error[part]);
 """
 
-_SUMS_SOURCE = """
-#pragma unroll
-  for (int part = 0; part < PARTS; part++) {
-    const int c = 4 * (part * THREADS + threadIdx.x);
-    if (c < WIDTH) {
-      //STORE
-    }
-  }
-"""
-
 _RMS_SOURCE = """
-  __shared__ float odd[THREADS / 32], even[THREADS / 32];
+  __shared__ float sums[THREADS / 32], squares[THREADS / 32];
   const int length = x_shape[1];
   float weights[PARTS][8], weight_sum[PARTS][8] = {};
-#pragma unroll
-  for (int part = 0; part < PARTS; part++) {
-    const int c = 8 * (part * THREADS + threadIdx.x);
-    if (c < WIDTH) load_row<8>(weight + c, weights[part]);
-  }
+"""
+_RMS_SOURCE += each_vector(8, "load_row<8>(weight + c, weights[part]);")
+_RMS_SOURCE += """
   for (int step = 0; step < ROWS; step++) {
     const long long token = (long long)blockIdx.x * ROWS + step;
     const long long start = token * WIDTH;
@@ -172,8 +139,8 @@ _RMS_SOURCE = """
         }
       }
     }
-    const float scale = rsqrtf(block_sum<THREADS>(total, odd) / WIDTH + EPS);
-    along = block_sum<THREADS>(along, even) / WIDTH * scale * scale;
+    const float scale = rsqrtf(block_sum<THREADS>(total, sums) / WIDTH + EPS);
+    along = block_sum<THREADS>(along, squares) / WIDTH * scale * scale;
 #pragma unroll
     for (int part = 0; part < PARTS; part++) {
       const int c = 8 * (part * THREADS + threadIdx.x);
@@ -187,12 +154,8 @@ _RMS_SOURCE = """
       }
     }
   }
-#pragma unroll
-  for (int part = 0; part < PARTS; part++) {
-    const int c = 8 * (part * THREADS + threadIdx.x);
-    if (c < WIDTH) store_row<8>(d_weight + (long long)blockIdx.x * WIDTH + c, weight_sum[part]);
-  }
 """
+_RMS_SOURCE += each_vector(8, "store_row<8>(d_weight + (long long)blockIdx.x * WIDTH + c, weight_sum[part]);")
 
 _ROPE_SOURCE = """
         float turn[4], side[4];
@@ -248,31 +211,25 @@ def _rows(
 ) -> dict[str, mx.array]:
     """x: what was normalised. Of what is not None, the gradients by the names d_x, d_y, gate, gain, shift."""
     batch, length, width = x.shape
-    inputs = {
-        "sum": x,
-        "d_sum": d_sum,
-        "d_normed": d_normed,
-        "gain": gain,
-        "gate": gate,
-        "y": None if gate is None else y,
-    }
+    inputs = {"sum": x, "d_sum": d_sum, "d_normed": d_normed, "gain": gain, "gate": gate}
+    given = {name: array for name, array in inputs.items() if array is not None}
+    given |= {} if gate is None or y is None else {"y": y}
     rows = rows_of_a_block(length, *(t.shape[1] for t in (gain, gate) if t is not None))
     tables = {} if gain is None else {"gain": gain, "shift": gain}
     tables |= {} if gate is None else {"gate": gate}
     outputs = {"d_x": (x.shape, mx.float32)} | ({} if y is None else {"d_y": (y.shape, y.dtype)})
     outputs |= {f"d_{name}": ((batch, length // rows, width), mx.float32) for name in tables}
     add = "" if d_sum is None else _ADD_ALONE if gain is None else _ADD_AFTER_NORM
-    store = "".join(f"store_row<4>(d_{n} + (long long)blockIdx.x * WIDTH + c, {n}_sum[part]);\n" for n in tables)
+    stores = "".join(f"store_row<4>(d_{n} + (long long)blockIdx.x * WIDTH + c, {n}_sum[part]);\n" for n in tables)
     loads = ("" if gain is None else _NORM_TABLES) + ("" if gate is None else _GATE_TABLES)
     source = (
         _ROWS_SOURCE.replace("//TABLES", loads)
         .replace("//NORM", "" if gain is None else _NORM_SOURCE)
         .replace("//ADD", add)
         .replace("//GATE", _GATE_SOURCE if gate is not None else "" if y is None else _OTHER_SOURCE)
-        .replace("//SUMS", _SUMS_SOURCE.replace("//STORE", store) if tables else "")
+        .replace("//SUMS", each_vector(4, stores) if tables else "")
     )
-    name = "rows_gradient" + "".join(f"_{n}" for n, a in inputs.items() if a is not None)
-    given = {n: a for n, a in inputs.items() if a is not None}
+    name = "_".join(("rows_gradient", *given))
     made = launch(name, given, outputs, source, eps, 4, blocks=batch * length // rows, ROWS=rows)
     found = dict(zip(outputs, made, strict=True))
     for n, table in tables.items():
@@ -316,14 +273,4 @@ def rms(eps: float, _: mx.Dtype, num_heads: int, primals: Arrays, cotangents: Ar
 
 
 def gelu(primals: Arrays, cotangents: Arrays, results: Arrays) -> Arrays:
-    (x,) = primals
-    kernel = cuda_kernel("gelu_gradient", ("x", "d_y"), ("d_x",), _GELU_SOURCE, HEADER)
-    (d_x,) = kernel(
-        inputs=[x.reshape(-1, x.shape[-1]), cotangents[0].reshape(-1, x.shape[-1])],
-        template=[("THREADS", 256)],
-        grid=(math.ceil(x.size / 2048) * 256, 1, 1),
-        threadgroup=(256, 1, 1),
-        output_shapes=[(x.size // x.shape[-1], x.shape[-1])],
-        output_dtypes=[x.dtype],
-    )
-    return (d_x.reshape(x.shape),)
+    return (launch_flat("gelu_gradient", {"x": primals[0], "d_y": cotangents[0]}, "d_x", _GELU_SOURCE),)

@@ -46,6 +46,39 @@ __device__ inline long long table_row(int sample, int place, int length, int sam
 """
 
 
+# Of a row in registers, whose sum is `total`: takes the mean off, and leaves one over the deviation in `scale`.
+CENTRED = """
+  const float mean = block_sum<THREADS>(total, sums) / WIDTH;
+  total = 0;
+#pragma unroll
+  for (int part = 0; part < PARTS; part++) {
+    if (4 * (part * THREADS + threadIdx.x) < WIDTH) {
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        row[part][i] -= mean;
+        total += row[part][i] * row[part][i];
+      }
+    }
+  }
+  const float scale = rsqrtf(block_sum<THREADS>(total, squares) / WIDTH + EPS);
+"""
+
+FLAT_THREADS, FLAT_VALUES = 256, 8  # of a block, and of a thread, where rows do not matter
+
+
+def each_vector(vector: int, statements: str) -> str:
+    """Text that does something for each of a thread's places `c` in a row, `vector` values wide, number `part`."""
+    return f"""
+#pragma unroll
+  for (int part = 0; part < PARTS; part++) {{
+    const int c = {vector} * (part * THREADS + threadIdx.x);
+    if (c < WIDTH) {{
+      {statements}
+    }}
+  }}
+"""
+
+
 def threads_of(width: int, vector: int) -> tuple[int, int]:
     """Threads for a row of `width` values, `vector` at a time, and how many times each has its turn."""
     vectors = width // vector
@@ -83,3 +116,17 @@ def launch(
             output_dtypes=[dtype for _, dtype in outputs.values()],
         )
     )
+
+
+def launch_flat(name: str, inputs: dict[str, mx.array], output: str, source: str) -> mx.array:
+    """Runs a kernel on arrays of one shape, value by value; what it makes is like the first of them."""
+    x = next(iter(inputs.values()))
+    (made,) = cuda_kernel(name, tuple(inputs), (output,), source, HEADER)(
+        inputs=[array.reshape(-1, x.shape[-1]) for array in inputs.values()],
+        template=[("THREADS", FLAT_THREADS)],
+        grid=(math.ceil(x.size / (FLAT_THREADS * FLAT_VALUES)) * FLAT_THREADS, 1, 1),
+        threadgroup=(FLAT_THREADS, 1, 1),
+        output_shapes=[(x.size // x.shape[-1], x.shape[-1])],
+        output_dtypes=[x.dtype],
+    )
+    return made.reshape(x.shape)
