@@ -114,17 +114,21 @@ class CausalConv3d(Cached):
 
     def after(self, norm: "RMSNorm", x: mx.array, cache: FeatureCache, bias: mx.array | None = None) -> mx.array:
         """This convolution, without its bias, of silu(norm(x + bias)); of a strip, a row behind x."""
-        memory = self.weight.shape[1] - 1
+        return self.convolve(self._activated(norm, x, cache, bias, self.weight.shape[1] - 1), cache.whole)
+
+    def _activated(
+        self, norm: "RMSNorm", x: mx.array, cache: FeatureCache, bias: mx.array | None = None, memory: int = 0
+    ) -> mx.array:
+        """silu(norm(x + bias)) behind the `memory` frames before it, with the rows around it that a kernel needs."""
         if cache.streaming and vae_passes.has_kernels(x):
-            before, above = cache.recall(self), cache.rows_above(self)
-            padded, kept = vae_passes.norm_silu(x, bias, norm.gamma, before, memory, above, cache.top, cache.bottom)
-            cache.keep(self, kept)
-            cache.keep_rows(self, padded, 2)
-            padded = padded if cache.rows is None else cache.rows.border(padded)
-        else:
-            x = _silu(norm(x if bias is None else x + bias.astype(x.dtype)))
-            padded = cache.border(self, cache.extend(self, x, memory))
-        return self.convolve(padded, cache.whole)
+            before, above = cache.recall(self) if memory else None, cache.rows_above(self)
+            x, kept = vae_passes.norm_silu(x, bias, norm.gamma, before, memory, above, cache.top, cache.bottom)
+            if memory:
+                cache.keep(self, kept)
+            cache.keep_rows(self, x, 2)
+            return x if cache.rows is None else cache.rows.border(x)
+        x = _silu(norm(x if bias is None else x + bias.astype(x.dtype)))
+        return cache.border(self, cache.extend(self, x, memory) if memory else x)
 
     def by_frames(self, norm: "RMSNorm", x: mx.array, cache: FeatureCache) -> mx.array:
         """This convolution of silu(norm(x)) in float32, each frame convolved once and the results of three summed up.
@@ -132,12 +136,7 @@ class CausalConv3d(Cached):
         Where they are narrower than what they are made of, there is less to read and to remember.
         """
         out_dim, kt, kh, kw, in_dim = self.weight.shape
-        if cache.streaming and vae_passes.has_kernels(x):
-            x, _ = vae_passes.norm_silu(x, None, norm.gamma, None, 0, cache.rows_above(self), cache.top, cache.bottom)
-            cache.keep_rows(self, x, 2)
-            x = x if cache.rows is None else cache.rows.border(x)
-        else:
-            x = cache.border(self, _silu(norm(x)))
+        x = self._activated(norm, x, cache)
         b, t, h, w, _ = x.shape
         weight = cache.once(self, lambda: self.weight.swapaxes(0, 1).reshape(kt * out_dim, kh, kw, in_dim))
         padding = kh // 2 if cache.whole else 0, kw // 2
