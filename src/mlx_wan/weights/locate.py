@@ -1,6 +1,7 @@
 """Finds a checkpoint, tells its layout, and checks that its parts are there, of the right model, and fit."""
 
 import json
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -42,9 +43,9 @@ from mlx_wan.weights.identify import LABELS, identify
 from mlx_wan.weights.layouts import official_names
 from mlx_wan.weights.loose import NEEDED, by_content, find_tokenizer, has_parts, without
 from mlx_wan.weights.quantize import Quantization
-from mlx_wan.weights.upload import HUB_ID
 from mlx_wan.zoo import MODELS
 
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 MODEL_TYPES = ("t2v", "ti2v", "i2v", "flf2v", "vace")  # of the transformers that run, in config.json
 
 

@@ -1,12 +1,12 @@
 """A converted model to a repository of the Hugging Face Hub."""
 
-import re
 from pathlib import Path
 
 from mlx_wan import backend
 from mlx_wan.errors import UserError
+from mlx_wan.weights.locate import HUB_ID
+from mlx_wan.weights.save import replacing
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 CARD = """---
 library_name: mlx-wan
 tags:
@@ -60,7 +60,8 @@ def upload(folder: Path, hub_id: str, card: str) -> str:
     from huggingface_hub import HfApi
 
     if not (folder / "README.md").exists():
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        with replacing(folder / "README.md") as partial:
+            partial.write_text(card, encoding="utf-8")
     api = HfApi()
     try:
         address = api.create_repo(hub_id, private=True, exist_ok=True)
