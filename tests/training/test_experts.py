@@ -14,11 +14,12 @@ from mlx_wan.errors import UserError
 from mlx_wan.models.transformer import WanTransformer
 from mlx_wan.pipeline import WanPipeline
 from mlx_wan.training import finetune
+from mlx_wan.training.adapt import frozen
 from mlx_wan.training.cache import load_clip
 from mlx_wan.training.dataset import read_clip
 from mlx_wan.training.evaluate import evaluate
 from mlx_wan.training.finetune import Examples, fill_cache, run
-from mlx_wan.training.joint import frozen, let_go
+from mlx_wan.training.joint import let_go
 from mlx_wan.training.objective import flow_loss, sample_sigmas, shift_sigma, unshift_sigma
 from mlx_wan.training.options import FinetuneRecipe
 from mlx_wan.training.plan import make_plan

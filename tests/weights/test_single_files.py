@@ -295,15 +295,20 @@ MLX_VIDEO = {
 }
 
 
+def mlx_video(part):
+    """A part as its convert.py writes it: convolutions channels last, norms flat, the patch embedding a matrix."""
+    weights, (_, dialect) = {}, MLX_VIDEO[part]
+    for name, array in checkpoints.official(part).items():
+        flat = array.reshape(len(array), -1) if name == "patch_embedding.weight" else None
+        weights[dialect.from_official(name)] = cases.native(name, array) if flat is None else flat
+    return weights
+
+
 def test_mlx_videos_conversion(tmp_path):
-    """As its convert.py writes it: convolutions channels last, norms flat, the patch embedding a matrix."""
     folder = tmp_path / "mlx-video"
     folder.mkdir()
-    for part, (stem, dialect) in MLX_VIDEO.items():
-        weights = {}
-        for name, array in checkpoints.official(part).items():
-            flat = array.reshape(len(array), -1) if name == "patch_embedding.weight" else None
-            weights[dialect.from_official(name)] = cases.native(name, array) if flat is None else flat
+    for part, (stem, _) in MLX_VIDEO.items():
+        weights = mlx_video(part)
         assert len(weights) == len(checkpoints.official(part))
         write_plain(folder / f"{stem}.safetensors", weights)
     config = {"model_type": "ti2v", "dim": 96, "num_heads": 3, "vae_z_dim": 48, "sample_guide_scale": 5.0}
@@ -325,11 +330,8 @@ def packed_mlx_video(tmp_path):
     """As its convert.py writes it with --quantize: the transformer's attention and feed-forward, by mx.quantize."""
     folder = tmp_path / "mlx-video"
     folder.mkdir()
-    for part, (stem, dialect) in MLX_VIDEO.items():
-        weights = {}
-        for name, array in checkpoints.official(part).items():
-            flat = array.reshape(len(array), -1) if name == "patch_embedding.weight" else None
-            weights[dialect.from_official(name)] = mx.array(cases.native(name, array) if flat is None else flat)
+    for part, (stem, _) in MLX_VIDEO.items():
+        weights = {name: mx.array(array) for name, array in mlx_video(part).items()}
         if part == "transformer":
             for name in [
                 n for n in weights if re.search(r"\.(self_attn|cross_attn)\.[qkvo]\.weight|ffn\.fc[12]\.weight", n)

@@ -66,6 +66,12 @@ def trainable_size(module: nn.Module) -> int:
     return sum(array.size for array in flat(module.trainable_parameters()).values())
 
 
+def frozen(model: nn.Module) -> dict[str, mx.array]:
+    """The arrays of a model that are not trained."""
+    trained = flat(model.trainable_parameters()).keys()
+    return {name: array for name, array in flat(model.parameters()).items() if name not in trained}
+
+
 # --- files -----------------------------------------------------------------------------------------------------------
 
 

@@ -18,19 +18,20 @@ import numpy as np
 from mlx_wan.errors import UserError
 from mlx_wan.models.transformer import FLOAT32_PARAMETERS, WanTransformer
 from mlx_wan.sampling import Condition
-from mlx_wan.training.adapt import adapters_name, load_adapters, make_trainable, save_adapters
+from mlx_wan.training.adapt import adapters_name, frozen, load_adapters, make_trainable, save_adapters
 from mlx_wan.training.buckets import batch_at
 from mlx_wan.training.cache import Cache, Cached, component_print, load_clip, load_context
 from mlx_wan.training.checkpoint import newest_state, step_of
-from mlx_wan.training.joint import Joint, frozen, let_go
+from mlx_wan.training.joint import Joint, let_go
 from mlx_wan.training.objective import TRAIN_TIMESTEPS, WEIGHTINGS, flow_loss, sample_sigmas
 from mlx_wan.training.plan import Plan, known
 from mlx_wan.training.recipe import check_same_run, processes_of, remember_run
 from mlx_wan.training.trainer import Batch, Numbers, Trainer
 from mlx_wan.training.validate import band_losses
+from mlx_wan.weights.convert import config_of
 from mlx_wan.weights.fit import component_tensors
 from mlx_wan.weights.load import Checkpoint, load_transformer
-from mlx_wan.weights.save import module_tensors, native_config, write_native
+from mlx_wan.weights.save import module_tensors, write_native
 
 MODEL = "model"  # the folder that full fine-tuning leaves
 # Called with the transformer for a timestep, the step, the embeddings (1, text_len, text_dim) of the recipe's
@@ -301,15 +302,6 @@ def describe(plan: Plan, cached: Cached, processes: int) -> dict[str, Any]:
 
 def export(models: Mapping[str, nn.Module], checkpoint: Checkpoint, dtype: mx.Dtype, folder: Path) -> None:
     """A whole model in the native layout: the trained parts `models`, and the others as they are in `checkpoint`."""
-    config = native_config(
-        checkpoint.spec.name,
-        transformer=checkpoint.transformer_config,
-        text_encoder=checkpoint.text_encoder_config,
-        vae=checkpoint.vae_config,
-        sampling=checkpoint.spec.sampling(),
-        image_encoder=checkpoint.image_encoder_config,
-        boundary=checkpoint.spec.boundary,
-    )
     parts = {name: component_tensors(checkpoint, name, None) for name in checkpoint.parts if name not in models}
     parts |= {part: module_tensors(transformer, dtype) for part, transformer in models.items()}
-    write_native(folder, parts, checkpoint.tokenizer, config)
+    write_native(folder, parts, checkpoint.tokenizer, config_of(checkpoint, None))

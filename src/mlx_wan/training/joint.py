@@ -7,9 +7,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_wan.training.adapt import frozen
 from mlx_wan.training.loop import Batch, Loop, Numbers, Row
 from mlx_wan.training.trainer import TrainConfig, Trainer
-from mlx_wan.weights.whole import flat
 
 
 class Turns:
@@ -118,9 +118,3 @@ class Joint(Loop):
 def let_go(model: nn.Module) -> None:
     """Puts what takes no memory in the place of the frozen weights: arrays of their kind that nobody has asked for."""
     model.load_weights([(name, mx.zeros(a.shape, a.dtype)) for name, a in frozen(model).items()], strict=False)
-
-
-def frozen(model: nn.Module) -> dict[str, mx.array]:
-    """The arrays of a model that are not trained."""
-    trained = flat(model.trainable_parameters()).keys()
-    return {name: array for name, array in flat(model.parameters()).items() if name not in trained}

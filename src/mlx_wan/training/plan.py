@@ -18,6 +18,7 @@ from mlx_wan.models.transformer import TransformerConfig, WanTransformer
 from mlx_wan.training.adapt import (
     adapters_name,
     adapters_of_expert,
+    frozen,
     load_adapters,
     make_trainable,
     trainable_size,
@@ -319,10 +320,10 @@ def _total(checkpoint: Checkpoint) -> int:
 def training_memory(plan: Plan, transformer: WanTransformer, bucket: Bucket) -> dict[str, int]:
     """Bytes of a step, by what they are for: an estimate from shapes."""
     recipe, dtype = plan.recipe, plan.dtype.size
-    trained = flat(transformer.trainable_parameters()).keys()
-    frozen = [array for name, array in flat(transformer.parameters()).items() if name not in trained]
     # Packed integers keep their size, scales and what else is a float is in the dtype of computing.
-    base = sum(a.size * (dtype if mx.issubdtype(a.dtype, mx.floating) else a.dtype.size) for a in frozen)
+    base = sum(
+        a.size * (dtype if mx.issubdtype(a.dtype, mx.floating) else a.dtype.size) for a in frozen(transformer).values()
+    )
     averages = 4 if recipe.ema_decay else 0
     sums = 4 if recipe.grad_accumulation_steps > 1 else 0
     processes = mx.distributed.init().size() if recipe.shard_optimizer else 1

@@ -73,7 +73,7 @@ def convert(
     try:
         watched = _watched(parts, progress)
         if to == "native":
-            write_native(partial, watched, checkpoint.tokenizer, _config(checkpoint, how), max_shard_bytes)
+            write_native(partial, watched, checkpoint.tokenizer, config_of(checkpoint, how), max_shard_bytes)
         else:
             WRITERS[to](partial, checkpoint, watched, max_shard_bytes)
         _move(partial, dst)
@@ -91,7 +91,8 @@ def _parts(checkpoint: Checkpoint, dtype: mx.Dtype | None, how: Quantization | N
     return {name: quantize_tensors(tensors, kinds[name], how) for name, tensors in parts.items()}
 
 
-def _config(checkpoint: Checkpoint, how: Quantization | None) -> dict[str, Any]:
+def config_of(checkpoint: Checkpoint, how: Quantization | None) -> dict[str, Any]:
+    """The config.json of the native layout for a model that was read, its matrices packed as `how` says."""
     return native_config(
         checkpoint.spec.name,
         transformer=checkpoint.transformer_config,
