@@ -11,13 +11,16 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import toy
+from mlx.utils import tree_flatten
 
 import mlx_wan
 from mlx_wan.errors import CheckpointError, UserError, WanError
+from mlx_wan.models.umt5 import TextEncoderConfig, UMT5Encoder, relative_buckets
 from mlx_wan.training import tiny
 from mlx_wan.training.captions import build_tokenizer
 from mlx_wan.training.recipe import Clips, read_recipe
 from mlx_wan.training.world import is_held_out
+from mlx_wan.weights.load import load_text_encoder, load_transformer, load_vae, locate
 
 
 @pytest.fixture(autouse=True)
@@ -273,3 +276,58 @@ def test_killed_three_times_the_result_is_the_same_byte_for_byte(stages, tmp_pat
         other = tmp_path / "killed" / "run" / result / path.name
         assert path.read_bytes() == other.read_bytes(), (steps, path.name)
     assert not list(Path(tmp_path / "killed" / "run").glob(".*partial*"))
+
+
+def test_a_fresh_text_encoder_tells_which_word_stands_by_which(tmp_path):
+    mx.random.seed(0)
+    encoder = UMT5Encoder(TextEncoderConfig(vocab_size=480, dim=40, dim_attn=40, dim_ffn=64, num_heads=5, num_layers=2))
+    encoder.init_weights()
+    tokenizer = build_tokenizer()
+    ids = tiny.tokenise(tokenizer, ["red circle and blue square", "blue circle and red square"], 8)
+
+    def circle_moves():
+        one, other = encoder(mx.array(ids))[:, 1]  # "circle", after the same words in another order
+        return (mx.abs(one - other).max() / mx.abs(one).max()).item()
+
+    blind = circle_moves()
+    tiny.look_near(encoder)
+    assert circle_moves() > 0.2 > 3 * blind
+
+
+@pytest.mark.parametrize("heads", [1, 2, 5])
+def test_heads_begin_by_looking_left_and_right_and_near(heads):
+    encoder = UMT5Encoder(TextEncoderConfig(vocab_size=9, dim=4, dim_attn=10, dim_ffn=4, num_heads=heads, num_layers=1))
+    tiny.look_near(encoder)
+    bias = np.array(encoder.blocks[0].pos_embedding(mx.array(relative_buckets(40, 32))))[0]
+    for head, row in enumerate(bias[:, 20]):  # from the middle of 40 tokens
+        left, right = row[20::-1], row[20:]
+        both = head == heads - 1 and heads % 2
+        for side, sees in ((left, both or head % 2 == 0), (right, both or head % 2 == 1)):
+            falls = (np.diff(side) <= 0).all() and side[1] > -1
+            assert falls if sees else (side[1:] == -3).all()
+
+
+def test_the_text_encoder_can_begin_anew_where_the_transformer_goes_on(stages, tmp_path):
+    vae = load_vae(locate(stages[1]))
+    names = {}
+    for fresh in (False, True):
+        two = recipe(tmp_path, toy.TRANSFORMER, fresh_text_encoder=fresh)
+        start = tiny.load_start(stages[1], two, build_tokenizer())
+        trainer, *_ = tiny.transformer_trainer(two, vae, build_tokenizer(), tmp_path / str(fresh), start)
+        tensors = dict(tree_flatten(trainer.model.parameters()))
+        before = dict(tree_flatten(load_text_encoder(start, mx.float32).parameters()))
+        names[fresh] = [n for n, a in before.items() if not mx.array_equal(a, tensors["text_encoder." + n])]
+        head = load_transformer(start, mx.float32).head.head.weight
+        assert mx.array_equal(tensors["transformer.head.head.weight"], head)
+    assert names[False] == []
+    assert "token_embedding.weight" in names[True]
+
+
+def test_muon_leaves_the_text_encoder_to_adamw(stages, tmp_path):
+    two = recipe(tmp_path, toy.TRANSFORMER, train__optimizer="muon", pool=16)
+    vae = load_vae(locate(stages[1]))
+    trainer, *_ = tiny.transformer_trainer(two, vae, build_tokenizer(), tmp_path / "muon")
+    muon, adamw = (dict(tree_flatten(part)) for part in trainer.optimizer.state["states"])
+    assert "transformer.blocks.0.self_attn.q.weight.v" in muon
+    assert not any(name.startswith("text_encoder.") for name in muon)
+    assert "text_encoder.blocks.0.attn.q.weight.v" in adamw

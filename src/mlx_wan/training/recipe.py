@@ -89,7 +89,8 @@ class TransformerRecipe:
     pool: clips drawn and encoded once, `encode_batch` at a time. two_objects: share of them that show two, not one.
     captions: different captions of each. shift: of the noise levels (see objective.py). caption_dropout: share of
     samples without a caption, for guidance. image_to_video: share of samples whose first latent frame is given clean.
-    sampling: how the finished model is sampled by default.
+    sampling: how the finished model is sampled by default. fresh_text_encoder: when it goes on from a model, the text
+    encoder begins anew.
     """
 
     transformer: TransformerConfig
@@ -105,6 +106,7 @@ class TransformerRecipe:
     caption_dropout: float = 0.1
     image_to_video: float = 0.25
     validation_clips: int = 512
+    fresh_text_encoder: bool = False
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "pool", "encode_batch", "captions", "validation_clips")
@@ -283,8 +285,9 @@ def check_same_run(folder: Path, facts: dict[str, Any]) -> None:
         ) from None
     # A key that is younger than the run had its default then.
     now = _leaves(facts)
-    keys = [(section, field) for section, cls in _SECTIONS.items() for field in fields(cls)]
-    defaults = {name: field.default for section, field in keys if (name := f"{section}.{field.name}") in now}
+    keys = [(f"{section}.", field) for section, cls in _SECTIONS.items() for field in fields(cls)]
+    keys += [("", field) for field in fields(_STAGES[facts["stage"]])] if "stage" in facts else []
+    defaults = {name: field.default for section, field in keys if (name := section + field.name) in now}
     then = defaults | _leaves(before)
     changed = [name for name in {**then, **now} if then.get(name) != now.get(name) and not name.startswith(_FREE)]
     if changed:

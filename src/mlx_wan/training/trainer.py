@@ -148,8 +148,10 @@ def _rates(peak: float, config: TrainConfig) -> Rate:
 
 def _is_hidden_matrix(name: str, weight: mx.array) -> bool:
     # Muon orthogonalises the update of matrices and kernels inside the blocks. Embeddings, modulation, first and last
-    # layers, norms and biases are AdamW's.
+    # layers, norms and biases are AdamW's. So is all of the text encoder: its attention scores are neither scaled nor
+    # normalised, and updates that are large whatever the gradient grow them until each token attends to a single one.
     inside = any(part in name for part in ("blocks.", "downsamples.", "middle.", "upsamples."))
+    inside = inside and not name.startswith("text_encoder.")
     return inside and weight.ndim >= 2 and "embedding" not in name and "modulation" not in name
 
 
