@@ -40,6 +40,7 @@ def main() -> None:
     model = random_module(WanTransformer(config, dtype), "transformer", how, dtype)
     for i in range(args.adapters):
         add_lora(model, lambda name: bool(MATRICES.fullmatch(name)), args.rank, name=str(i), dtype=dtype)
+    model.eval()
     latents = mx.random.normal((1, (args.frames - 1) // 4 + 1, height // 16, width // 16, config.in_dim))
     context = model.read(mx.random.normal((1, config.text_len, config.text_dim)).astype(dtype))
     mx.eval(model.parameters(), latents)

@@ -27,6 +27,7 @@ from mlx_wan.lora.layers import (
 )
 from mlx_wan.lora.load import read_lora, transformer_shapes
 from mlx_wan.lora.save import save_lora
+from mlx_wan.models.packed import PackedLinear
 from mlx_wan.weights.quantize import Quantization, quantize_module
 
 BLOCKS = re.compile(r"blocks\.\d+\.((self|cross)_attn\.[qkvo]|ffn\.[02])")
@@ -61,6 +62,27 @@ def test_beside_the_matrix_is_as_in_the_matrix():
         adapter.strength = 0.7
     assert relative_error(velocity(model), velocity(merged)) < 2e-6
     assert relative_error(velocity(model), plain) > 0.01
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+@pytest.mark.parametrize("way", ["low rank", "DoRA", "several"])
+def test_many_rows_change_the_matrix_and_few_what_comes_of_it(way, bits):
+    linear = nn.Linear(64, 96)
+    layer = LoRALinear(PackedLinear.from_linear(linear, 32, bits) if bits else linear)
+    a, b = factors("wide", (96, 64))
+    one = LowRank(a, b, 0.25, 0.7)
+    layer.adapters["one"] = one if way != "DoRA" else DoRA(a, b, 1 + mx.abs(b[:, :1]), 0.25, 0.7)
+    if way == "several":
+        layer.adapters["two"] = LowRank(*factors("other", (96, 64)), 0.5)
+    x = mx.array(small.random("rows", (2, 40, 64)))
+    beside, few = layer(x), layer(x[:, :10])
+    layer.eval()
+    assert relative_error(np.array(layer(x)), np.array(beside)) < 2e-6
+    assert mx.array_equal(layer(x[:, :10]), few)
+    assert not mx.array_equal(layer(x), beside), "the sums are made in another order"
+    for adapter in layer.adapters.values():
+        adapter.strength = 0.0
+    assert mx.array_equal(layer(x), layer.linear(x))
 
 
 def test_several_at_once_and_away_again():

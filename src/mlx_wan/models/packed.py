@@ -1,6 +1,6 @@
 """Linear layers whose matrix is packed, and how they multiply with it."""
 
-from functools import partial
+from collections.abc import Callable
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,8 +14,16 @@ FEW_ROWS = {"CPU": 4, "CUDA": 128, "Metal": 512}
 MAX_ROWS = 32768  # of one product with a packed matrix, or an unpacked one: beyond, MLX has returned wrong values
 
 
-def _product(matrix: mx.array, rows: mx.array) -> mx.array:
-    return rows @ matrix
+def multiply(x: mx.array, matrix: mx.array, bias: mx.array | None = None) -> mx.array:
+    """x (..., in) @ matrix (in, out) + bias (out,), for any number of rows."""
+    return in_pieces(lambda rows: rows @ matrix if bias is None else mx.addmm(bias, rows, matrix), x)
+
+
+def in_pieces(product: Callable[[mx.array], mx.array], x: mx.array) -> mx.array:
+    """`product` of the rows of x (..., in), at most MAX_ROWS at a time."""
+    rows = x.reshape(-1, x.shape[-1])
+    pieces = [product(rows[i : i + MAX_ROWS]) for i in range(0, rows.shape[0], MAX_ROWS)]
+    return (pieces[0] if len(pieces) == 1 else mx.concatenate(pieces)).reshape(*x.shape[:-1], -1)
 
 
 class PackedLinear(nn.QuantizedLinear):
@@ -23,18 +31,16 @@ class PackedLinear(nn.QuantizedLinear):
 
     def __call__(self, x: mx.array) -> mx.array:
         """(..., in) -> (..., out), in x's dtype or the bias's, whichever is larger."""
-        rows = x.reshape(-1, x.shape[-1])
-        few = rows.shape[0] <= FEW_ROWS[target()]
-        multiply = self._packed if few else partial(_product, self._unpacked(x.dtype).T)
-        pieces = [multiply(rows[i : i + MAX_ROWS]) for i in range(0, rows.shape[0], MAX_ROWS)]
-        y = (pieces[0] if len(pieces) == 1 else mx.concatenate(pieces)).reshape(*x.shape[:-1], -1).astype(x.dtype)
+        few = x.size // x.shape[-1] <= FEW_ROWS[target()]
+        y = (in_pieces(self._packed, x) if few else multiply(x, self.unpacked(x.dtype).T)).astype(x.dtype)
         return y + self.bias if "bias" in self else y
 
     def _packed(self, rows: mx.array) -> mx.array:
         matrix = self.weight, self.scales, self.get("biases")
         return mx.quantized_matmul(rows, *matrix, True, self.group_size, self.bits, self.mode)
 
-    def _unpacked(self, dtype: mx.Dtype) -> mx.array:
+    def unpacked(self, dtype: mx.Dtype) -> mx.array:
+        """The matrix (out, in) in `dtype`."""
         if traced_for() in ("CUDA", "Metal"):  # one kernel there, and many operations where the trace is made
             rows, columns = self.weight.shape[0], self.weight.shape[1] * 32 // self.bits
             values = self.weight.view(dtype)[..., None]
