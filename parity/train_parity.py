@@ -22,6 +22,7 @@ same prompts from the same noise with both results, here, and counts those that 
 
 import argparse
 import json
+import math
 import random
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -44,6 +45,21 @@ def sampled(settings, data, step):
     sigmas = (shift * u / (1 + (shift - 1) * u)).astype(np.float32)
     noise = rng.standard_normal(data["latents"][index].shape, dtype=np.float32)
     return data["latents"][index], contexts, noise, sigmas, rng.random(batch) < 0.2
+
+
+def rates(settings):
+    """Step, from 0 -> torch's learning rate, by a formula of its own: a linear rise, then as `schedule` says."""
+    peak, warmup, steps = settings["learning_rate"], settings["warmup"], settings["steps"]
+
+    def after(share):
+        return peak if settings["schedule"] == "constant" else peak * (1 + math.cos(math.pi * share)) / 2
+
+    def rate(step):
+        if step < warmup:
+            return peak / warmup + (peak - peak / warmup) * step / warmup
+        return after((step - warmup) / max(1, steps - warmup))
+
+    return rate
 
 
 class Ahead:
@@ -139,7 +155,7 @@ def prepare(args):
         rng = np.random.default_rng([args.seed, int(held_out)])
         latents, texts = [], []
         while len(texts) < count:
-            _, params, captions = sample_batch(rng, 64, held_out=held_out, objects=1)
+            _, params, captions = sample_batch(rng, min(64, count), held_out=held_out, two_objects=0.0)
             video = render(mx.array(params), spec.num_frames, spec.height, spec.width)
             latents.append(np.array(vae.normalise(vae.moments(video, FeatureCache())[0])))
             texts += captions
@@ -162,6 +178,7 @@ def prepare(args):
     )
     settings = {"steps": args.steps, "batch": args.batch, "learning_rate": args.learning_rate, "seed": args.seed}
     settings |= {"shift": spec.shift, "warmup": 50, "beta2": 0.99, "weight_decay": 0.01, "grad_clip": 1.0}
+    settings |= {"schedule": args.schedule}
     settings["transformer"] = asdict(config)
     (folder / "settings.json").write_text(json.dumps(settings, indent=2))
     print(f"{len(latents)} clips of {latents.shape[1:]}, {sum(w.size for w in weights.values()):,} weights")
@@ -201,7 +218,7 @@ def run_mlx(args):
         batch_size=settings["batch"],
         learning_rate=settings["learning_rate"],
         warmup_steps=settings["warmup"],
-        schedule="constant",
+        schedule=settings["schedule"],
         weight_decay=settings["weight_decay"],
         beta2=settings["beta2"],
         grad_clip=settings["grad_clip"],
@@ -211,6 +228,7 @@ def run_mlx(args):
         eval_every=VALIDATION_EVERY,
         save_every=settings["steps"],
         compile=args.compile,
+        compile_update=args.compile_update,
     )
     folder = args.folder / f"mlx-{args.dtype}"
     if folder.exists():
@@ -279,7 +297,7 @@ def run_torch(args):
         eps=1e-8,
         weight_decay=settings["weight_decay"],
     )
-    peak, warmup = settings["learning_rate"], settings["warmup"]
+    rate_at = rates(settings)
     half = args.dtype != "float32"
     ph, pw = c["patch_size"][1:]
 
@@ -308,7 +326,7 @@ def run_torch(args):
     batch_at = Ahead(settings, data)
     for step in range(settings["steps"]):
         start = time.perf_counter()
-        rate = peak / warmup + (peak - peak / warmup) * step / warmup if step < warmup else peak
+        rate = rate_at(step)
         for group in optimizer.param_groups:
             group["lr"] = rate
         loss = losses(batch_at(step)).mean()
@@ -438,11 +456,13 @@ def main():
             command.add_argument("--clips", type=int, default=256)
             command.add_argument("--val-clips", type=int, default=32)
             command.add_argument("--learning-rate", type=float, default=1e-3)
+            command.add_argument("--schedule", default="cosine", choices=("cosine", "constant"))
             command.add_argument("--seed", type=int, default=0)
         else:
             command.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
         if name == "mlx":
             command.add_argument("--compile", action="store_true", help="the whole step; takes minutes on CUDA")
+            command.add_argument("--compile-update", action="store_true", help="what follows the gradients")
         if name == "compare":
             command.add_argument("--plot", type=Path)
         if name == "judge":

@@ -22,7 +22,7 @@ def small(monkeypatch, tmp_path):
     toy.write(tmp_path / "one.yaml", toy.AUTOENCODER)
     toy.write(tmp_path / "two.yaml", toy.TRANSFORMER)
     toy.write(tmp_path / "three.yaml", {"stage": "finetune", "iters": 4})
-    toy.write(tmp_path / "four.yaml", {"stage": "finetune", "ranc": 4})
+    toy.write(tmp_path / "four.yaml", {"ranc": 4})  # without a stage it is of fine-tuning
 
 
 def run(line, capsys):

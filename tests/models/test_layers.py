@@ -97,6 +97,32 @@ def test_on_cuda_attention_never_takes_the_gradient_that_loses_the_process(monke
     np.testing.assert_allclose(np.array(found.astype(mx.float32)), np.array(exact), atol=0.03)
 
 
+@pytest.mark.parametrize(("queries", "keys"), [(30, 5), (30, 37), (32, 64)])
+def test_where_a_fused_gradient_is_training_takes_it_at_whole_tiles(monkeypatch, queries, keys):
+    q, k, v, probe = (
+        mx.random.normal((2, n, 24), key=mx.random.key(i)) for i, n in enumerate((queries, keys, keys, queries))
+    )
+
+    def gradients():
+        return mx.grad(lambda *qkv: (layers.attend(*qkv, 3, 0.5, in_pieces=True) * probe).sum(), (0, 1, 2))(q, k, v)
+
+    want, seen, fast = gradients(), [], mx.fast.scaled_dot_product_attention
+
+    def watched(q, k, v, **options):
+        seen.append((q.shape[2], k.shape[2], v.shape[2]))
+        return fast(q, k, v, **options)
+
+    monkeypatch.setattr(layers, "TILE", 16)
+    monkeypatch.setattr(layers, "FEW_SCORES", 0)
+    monkeypatch.setattr(layers, "_has_fused_gradient", lambda q, head_dim: head_dim == 8)
+    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", watched)
+    for got, exact in zip(gradients(), want, strict=True):
+        assert got.shape == exact.shape
+        np.testing.assert_allclose(np.array(got), np.array(exact), rtol=1e-4, atol=1e-5)
+    assert seen
+    assert all(length % 16 == 0 for lengths in seen for length in lengths)
+
+
 # --- kernels that are not too long -----------------------------------------------------------------------------
 
 

@@ -210,7 +210,7 @@ def read_recipe(path: Path | None, changes: dict[str, Any] | None = None) -> Rec
     if path is None:
         return build(FinetuneRecipe, changes or {}, "the command line")
     values = _read_yaml(path)
-    stage = values.pop("stage", None) if isinstance(values, dict) else None
+    stage = values.pop("stage", "finetune") if isinstance(values, dict) else None
     if not isinstance(stage, str) or stage not in _STAGES:
         raise UserError(f"{path}: stage must be one of {', '.join(_STAGES)}")
     section = values if stage == "finetune" else values.get("train")
@@ -220,9 +220,10 @@ def read_recipe(path: Path | None, changes: dict[str, Any] | None = None) -> Rec
 
 
 def stage_of(path: Path) -> str | None:
-    """The stage that a recipe says it is of; None if it says none. UserError as `read_recipe`."""
+    """The stage that a recipe says it is of, fine-tuning if it says none; None if it is no recipe. UserError as
+    `read_recipe`."""
     values = _read_yaml(path)
-    return values.get("stage") if isinstance(values, dict) else None
+    return values.get("stage", "finetune") if isinstance(values, dict) else None
 
 
 def _read_yaml(path: Path) -> Any:
@@ -291,10 +292,10 @@ def check_same_run(folder: Path, facts: dict[str, Any]) -> None:
     then = defaults | _leaves(before)
     changed = [name for name in {**then, **now} if then.get(name) != now.get(name) and not name.startswith(_FREE)]
     if changed:
-        name = changed[0]
+        name, flag = changed[0], "--adapter-path" if facts["stage"] == "finetune" else "--run"
         raise UserError(
             f"{folder} was started with another recipe: {name} was {then.get(name)!r} and is {now.get(name)!r} now; "
-            "go on with the old value, or choose another --run"
+            f"go on with the old value, or choose another {flag}"
         )
 
 
