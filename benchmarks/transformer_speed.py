@@ -1,6 +1,6 @@
-"""One call of TI2V-5B's transformer at its true size: this project beside the official PyTorch code, on one GPU.
+"""One call of TI2V-5B's transformer at its true size: this project beside the official code and mlx-video, on one GPU.
 
-    python benchmarks/transformer_speed.py compare --official Wan2.2   # a table; Wan2.2: the official repository
+    python benchmarks/transformer_speed.py compare --official Wan2.2 --mlx_video mlx-video   # a table; two checkouts
     python benchmarks/transformer_speed.py scaling                     # time and memory from 5,000 to 75,000 tokens
     python benchmarks/transformer_speed.py plot FILE.json PICTURE.png  # of what `scaling --json FILE.json` wrote
 
@@ -8,7 +8,7 @@ Weights and inputs are drawn from one hash, the same in every framework, and mat
 Each contestant is a process of its own: one call to warm up, then the median of the timed ones, and the peak memory of
 its own framework. Errors are relative (RMS) to the official code in float32 on float32 weights. The official code gets
 cuDNN's attention through PyTorch, its fastest here, and runs in bfloat16 under autocast as `generate.py` does.
-PyTorch has to be installed beside MLX for it.
+PyTorch has to be installed beside MLX for it. mlx-video has all weights in bfloat16, as its own conversion does.
 `--toy` tries everything on a small model, on the CPU if need be.
 """
 
@@ -38,10 +38,15 @@ CONTESTANTS = {
     "float32": "the official code in float32",
     "torch": "the official code",
     "ours": "mlx-wan",
+    "mlx-video": "mlx-video",
+    "mlx-video-compiled": "mlx-video, compiled",
     "float32-two": "the official code in float32, two timesteps",
     "torch-two": "the official code, two timesteps",
     "ours-two": "mlx-wan, two timesteps",
+    "mlx-video-two": "mlx-video, two timesteps",
+    "mlx-video-compiled-two": "mlx-video, compiled, two timesteps",
 }
+CHECKOUTS = {"float32": "official", "torch": "official", "mlx": "mlx_video"}  # by the beginning of a name
 
 
 # --- the same numbers in every framework -------------------------------------------------------------------------
@@ -219,6 +224,68 @@ def official(
     )
 
 
+def mlx_video(
+    source: Path, dims: dict[str, int], grid: tuple[int, int, int], two: bool, runs: int, compiled: bool
+) -> tuple[dict[str, Any], np.ndarray]:
+    """mlx-video's transformer, called as its generate.py does: text and rotary tables are prepared before."""
+    import mlx.core as mx
+    from mlx.utils import tree_flatten, tree_unflatten
+
+    for name in (
+        "mlx_video",
+        "mlx_video.models",
+        "mlx_video.models.ltx_2",
+    ):  # their own import what a call does not need
+        package = types.ModuleType(name)
+        package.__path__ = [str(source.joinpath(*name.split(".")))]
+        sys.modules[name] = package
+    from mlx_video.models.wan_2.config import WanModelConfig  # pyright: ignore[reportMissingImports]
+    from mlx_video.models.wan_2.wan_2 import WanModel  # pyright: ignore[reportMissingImports]
+
+    text_len = TEXT if dims is TRUE else 16
+    model = WanModel(WanModelConfig(model_type="ti2v", in_dim=CHANNELS, out_dim=CHANNELS, text_len=text_len, **dims))
+    dtype = mx.bfloat16 if mx.default_device() == mx.Device(mx.gpu) else mx.float32
+    official_names = {"patch_embedding_proj.": "patch_embedding.", "time_projection.": "time_projection.1."}
+    official_names |= {"fc1.": "0.", "fc2.": "2.", "embedding_0.": "embedding.0.", "embedding_1.": "embedding.2."}
+    filled = []
+    for name, array in tree_flatten(model.parameters()):
+        if name == "freqs" or name.startswith("_"):
+            continue
+        said, shape = name, array.shape
+        for theirs, true_name in official_names.items():
+            said = said.replace(theirs, true_name)
+        if said == "patch_embedding.weight":
+            shape = (shape[0], CHANNELS, 1, 2, 2)
+        mean, bound = bound_of(said, shape)
+        value = mean + drawn(mx, said, shape, bound).reshape(array.shape)
+        if not any(part in said for part in FLOAT32):
+            value = value.astype(mx.bfloat16)
+        value = value.astype(dtype)
+        mx.eval(value)
+        filled.append((name, value))
+    model.update(tree_unflatten(filled))
+    noise, text = inputs(mx, dims, *grid)
+    noise, tokens = noise.transpose(3, 0, 1, 2), math.prod(grid)
+    timesteps = mx.full((1, tokens) if two else (1,), 700.0)
+    if two:
+        timesteps[:, : tokens // grid[0]] = 0
+    context = model.embed_text([text.astype(dtype)])
+    known = {"cross_kv_caches": model.prepare_cross_kv(context), "rope_cos_sin": model.prepare_rope([grid])}
+    mx.eval(noise, timesteps, context, known)
+    call = mx.compile(model) if compiled else model
+    mx.clear_cache()
+    mx.reset_peak_memory()
+
+    def run() -> mx.array:
+        (out,) = call([noise], t=timesteps, context=context, seq_len=tokens, **known)
+        mx.eval(out)
+        return out
+
+    seconds = timed(run, runs)
+    peak = mx.get_peak_memory()
+    return {"seconds": seconds, "peak": peak, "version": f"MLX {mx.__version__}"}, np.moveaxis(np.array(run()), 0, -1)
+
+
 def official_module(source: Path) -> Any:
     """wan/modules/model.py alone: the package around it wants libraries that a transformer call does not."""
 
@@ -258,6 +325,8 @@ def contest(args: argparse.Namespace) -> None:
     two = args.name.endswith("-two")
     if args.name.startswith("ours"):
         row, out = ours(dims, grid, two, args.runs)
+    elif args.name.startswith("mlx-video"):
+        row, out = mlx_video(Path(args.mlx_video), dims, grid, two, args.runs, "compiled" in args.name)
     else:
         full = args.name.startswith("float32")
         row, out = official(Path(args.official), dims, grid, two, 1 if full else args.runs, full)
@@ -269,13 +338,15 @@ def compare(args: argparse.Namespace) -> None:
     """Every contestant in a process of its own, and the table."""
     print(f"{device_name()}, Python {sys.version.split()[0]}\n")
     print("| work | median, s | peak, GiB | relative error | |\n| --- | ---: | ---: | ---: | --- |", flush=True)
-    names = args.only.split(",") if args.only else [name for name in CONTESTANTS if args.official or "ours" in name]
+    names = args.only.split(",") if args.only else [name for name in CONTESTANTS if is_there(name, args)]
     with tempfile.TemporaryDirectory() as folder:
         kept = Path(args.keep or folder)
         kept.mkdir(exist_ok=True)
         for name in names:
             command = [sys.executable, __file__, "contest", name, "--out", str(kept / f"{name}.npy")]
-            command += ["--runs", str(args.runs), *(["--official", args.official] if args.official else [])]
+            command += ["--runs", str(args.runs)]
+            for option in ("official", "mlx_video"):
+                command += [f"--{option}", getattr(args, option)] if getattr(args, option) else []
             done = subprocess.run([*command, *(["--toy"] if args.toy else [])], stdout=subprocess.PIPE, text=True)
             if done.returncode:
                 print(f"| {CONTESTANTS[name]} | failed | | | |", flush=True)
@@ -286,6 +357,12 @@ def compare(args: argparse.Namespace) -> None:
                 error = f"{relative(np.load(kept / f'{name}.npy'), np.load(reference)):.2e}"
             seconds, peak = statistics.median(row["seconds"]), row["peak"] / 2**30
             print(f"| {CONTESTANTS[name]} | {seconds:.3f} | {peak:.1f} | {error} | {row['version']} |", flush=True)
+
+
+def is_there(name: str, args: argparse.Namespace) -> bool:
+    """Whether the checkout that a contestant needs was given."""
+    checkout = CHECKOUTS.get(name.split("-")[0])
+    return checkout is None or getattr(args, checkout) is not None
 
 
 def relative(a: np.ndarray, b: np.ndarray) -> float:
@@ -358,6 +435,7 @@ def main(argv: list[str] | None = None) -> None:
         command = commands.add_parser(name)
         command.set_defaults(run=function)
         command.add_argument("--official", help="the official repository of Wan2.2")
+        command.add_argument("--mlx_video", help="the repository of mlx-video")
         command.add_argument("--runs", type=int, default=5, help="timed calls of each")
         command.add_argument("--only", help="compare: some of them, with commas: " + ",".join(CONTESTANTS))
         command.add_argument("--keep", help="compare: a folder for everybody's outputs, and where references lie")
