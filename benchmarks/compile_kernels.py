@@ -61,7 +61,7 @@ def texts() -> dict[str, str]:
         return call
 
     try:
-        vae_passes.cuda_kernel, features.STRIP = noted, 1 << 22
+        vae_passes.cuda_kernel, features.STRIP = noted, 1 << 20
         for dtype in (mx.bfloat16, mx.float32):
             for made, side, channels in (
                 (WanVAE22(VAEConfig(latents_mean=(0.0,) * 48, latents_std=(1.0,) * 48)), 16, 48),

@@ -87,9 +87,9 @@ def made(dtype: mx.Dtype, **sizes: int) -> WanVAE22:
 
 @contextmanager
 def strips(number: int) -> Iterator[None]:
-    """Inside, wide frames pass in so many strips."""
+    """Inside, wide frames pass in so many strips, or as many as they are high enough for."""
     count = FeatureCache.strip_count
-    FeatureCache.strip_count = lambda self, x, least: number if self.streaming else 1
+    FeatureCache.strip_count = lambda self, x, least: min(number, x.shape[2] // least) if self.streaming else 1
     try:
         yield
     finally:

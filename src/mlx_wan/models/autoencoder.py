@@ -204,8 +204,8 @@ class ResidualBlock(Cached):
         if cache.streaming and vae_passes.has_kernels(y):
             above = cache.rows_above(self)
             cache.keep_rows(self, h, self.behind)
-            return cache.settle(vae_passes.add(h, y, bias, above))
-        return cache.settle(cache.late(self, h, self.behind) + (y + bias.astype(y.dtype)))
+            return vae_passes.add(h, y, bias, above)  # too short a pass to wait for: the device would be idle after it
+        return cache.late(self, h, self.behind) + (y + bias.astype(y.dtype))
 
 
 class AttentionBlock(Cached):
@@ -282,7 +282,15 @@ class Upsample(Cached):
             self.time_conv = CausalConv3d(dim, 2 * dim, (3, 1, 1))
 
     def __call__(self, x: mx.array, cache: FeatureCache) -> mx.array:
-        return self.double(self.double_time(x, cache), cache)
+        return self.widen(*self.lengthen(x, cache), cache)
+
+    def lengthen(self, x: mx.array, cache: FeatureCache) -> tuple[mx.array, mx.array | None]:
+        """The half of a call that may double time; what the other half takes, and what its shortcut does, if any."""
+        return self.double_time(x, cache), None
+
+    def widen(self, x: mx.array, shortcut: mx.array | None, cache: FeatureCache) -> mx.array:
+        """The half that doubles space."""
+        return cache.settle(self.double(x, cache, shortcut))
 
     def double_time(self, x: mx.array, cache: FeatureCache) -> mx.array:
         """Two frames of each but the clip's first, if this layer doubles time."""
@@ -363,14 +371,20 @@ class Decoder(nn.Module):
         self.upsamples = list(stages)
         self.in_time = 1 + max((i for i, s in enumerate(self.upsamples) if getattr(s, "temporal", False)), default=-1)
         self.head = [RMSNorm(last), SiLU(), CausalConv3d(last, 3 * config.patch_size**2, (3, 3, 3))]
-        self.least_rows = 4 * (config.num_res_blocks + 2)  # more than all layers of a strip are behind together
+        # More than all layers of a strip are behind together: a doubling, a row, then the blocks of ever wider frames.
+        self.least_rows = (2 if self.in_time else 4) * (config.num_res_blocks + 2)
 
     def __call__(self, x: mx.array, cache: FeatureCache) -> mx.array:
         x = run_cached(self.middle, self.conv1(x, cache), cache)
-        x = run_cached(self.upsamples[: self.in_time], x, cache)
-        # The rest is the widest.
-        wide = self.upsamples[self.in_time :]
-        done = [run_head(self.head, run_cached(wide, s, cache), cache) for s in cache.strips(x, self.least_rows)]
+        *narrow, last = self.upsamples[: self.in_time] or [None]
+        x, doubling = run_cached(cast(list[nn.Module], narrow), x, cache), cast(Upsample | None, last)
+        given = (x, None) if doubling is None else doubling.lengthen(x, cache)
+        del x
+        # From here on frames are at their widest.
+        wide, done = self.upsamples[self.in_time :], []
+        for strip in cache.strips(self.least_rows, *given):
+            x = strip[0] if doubling is None else doubling.widen(*strip, cache)
+            done.append(run_head(self.head, run_cached(wide, x, cache), cache))
         return mx.concatenate(done, axis=2) if len(done) > 1 else done[0]
 
 

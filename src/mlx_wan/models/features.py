@@ -11,7 +11,7 @@ from .layers import Pace, copied
 from .share import Rows
 
 LARGE = 1 << 24  # bytes of a result from which on a stream waits for the one before it
-STRIP = 1 << 25  # bytes of one frame from which on it passes in more than one strip
+STRIP = 1 << 23  # bytes of one frame, before it is doubled, from which on it passes in more than one strip
 
 
 class FeatureCache:
@@ -73,13 +73,21 @@ class FeatureCache:
             return 1
         return max(1, min(-(-x[:, :1].nbytes // STRIP), x.shape[2] // least))
 
-    def strips(self, x: mx.array, least: int) -> Iterator[mx.array]:
-        """`x` (B, T, H, W, C) strip by strip; the first is given what results are behind on the average."""
+    def strips(
+        self, least: int, x: mx.array, beside: mx.array | None = None
+    ) -> Iterator[tuple[mx.array, mx.array | None]]:
+        """`x` (B, T, H, W, C), and what is `beside` it, strip by strip.
+
+        The first is given what results are behind on the average.
+        """
         number, height = self.strip_count(x, least), x.shape[2]
         edges = [0, *(height * i // number + least // 3 for i in range(1, number)), height]
         for self.strip, (start, end) in enumerate(pairwise(edges)):
             self.top, self.bottom = start == 0, end == height
-            yield x if number == 1 else copied(x[:, :, start:end])
+            if number == 1:
+                yield x, beside
+            else:
+                yield copied(x[:, :, start:end]), None if beside is None else copied(beside[:, :, start:end])
         self.strip, self.top, self.bottom = 0, True, True
 
     @property

@@ -99,11 +99,18 @@ class UpStage(Cached):
     def __call__(self, x: mx.array, cache: FeatureCache) -> mx.array:
         if not self.strided:
             return run_cached(self.upsamples, x, cache)
+        behind = ResidualBlock.behind * (len(self.upsamples) - 1)
+        return self.widen(*self.lengthen(x, cache), cache, behind)
+
+    def lengthen(self, x: mx.array, cache: FeatureCache) -> tuple[mx.array, mx.array]:
+        """The half of a call before space is doubled: its result, and what the shortcut takes."""
         *blocks, last = self.upsamples
-        upsample, y = cast(Upsample, last), run_cached(blocks, x, cache)
-        behind = ResidualBlock.behind * len(blocks)
-        y = upsample.double(upsample.double_time(y, cache), cache, x, 2 if self.temporal else 1, behind)
-        return cache.settle(y)
+        return cast(Upsample, last).double_time(run_cached(blocks, x, cache), cache), x
+
+    def widen(self, x: mx.array, shortcut: mx.array, cache: FeatureCache, behind: int = 0) -> mx.array:
+        """The half that doubles space; of a strip, x is `behind` rows behind the shortcut."""
+        upsample = cast(Upsample, self.upsamples[-1])
+        return cache.settle(upsample.double(x, cache, shortcut, 2 if self.temporal else 1, behind))
 
 
 def down_stages(config: VAEConfig) -> Iterator[nn.Module]:
