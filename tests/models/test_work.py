@@ -6,7 +6,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_wan.memory.liveness import trace
-from mlx_wan.models import fused, layers, vae_passes
+from mlx_wan.models import features, fused, layers, vae_passes
 from mlx_wan.models.autoencoder import FeatureCache
 from mlx_wan.models.layers import Pace
 from mlx_wan.models.transformer import TransformerConfig, WanTransformer, rope_table
@@ -153,3 +153,12 @@ def test_kernels_between_the_convolutions_of_a_piece(monkeypatch, strips):
         passes.clear()
         vae.moments(mx.zeros((1, 1, 64, 32, 3)), FeatureCache(streaming=True))
         assert passes == {"wan_norm_silu": 2 * 10 + 1, "wan_add": 10, "wan_add_averages": 4}
+
+
+def test_a_piece_waits_for_convolutions_and_doublings_alone(monkeypatch):
+    """A block's sum is a short pass: waiting for it would leave the device idle."""
+    monkeypatch.setattr(features, "LARGE", 1)
+    vae = WanVAE22(VAEConfig(dim=4, dec_dim=4, z_dim=4, latents_mean=(0.0,) * 4, latents_std=(1.0,) * 4))
+    done = operations(lambda z: vae.pixels(z, FeatureCache(streaming=True)), mx.zeros((1, 1, 2, 2, 4)))
+    blocks, doublings = 2 + 4 * 3, 3
+    assert done["Depends"] == 2 * blocks + 2 * doublings
