@@ -1,10 +1,11 @@
-"""The VAE's speed, memory and error beside the official PyTorch code, at true size with random weights.
+"""The VAE's speed, memory and error beside the official PyTorch code and mlx-video, at true size with random weights.
 
     python benchmarks/vae_speed.py --official Wan2.2                 # TI2V's, 121 frames of 1280x704; a GPU and torch
     python benchmarks/vae_speed.py --official Wan2.2 --vae 2.1 --size 832*480 --frames 81
     uv run python benchmarks/vae_speed.py --width 16 --size 64*64 --frames 9            # small enough for a CPU
 
-`--official` is a checkout of the official repository, which is not part of this one; without it only this project runs.
+`--official` is a checkout of the official repository, which is not part of this one, `--mlx_video` one of mlx-video
+(for TI2V's alone); without them only this project runs.
 Each row is a process of its own. Weights, latents and video follow from their names, so all rows compute the same.
 Seconds are medians over whole clips, after a warm-up of the first pieces. Errors are of these pieces, against the
 official code in float32 without TF32 (without `--official`: against this project in float32): norm of the difference
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 import zlib
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ Shape = tuple[int, ...]
 def main() -> int:
     parser = argparse.ArgumentParser(description="Time the VAE beside the official code.")
     parser.add_argument("--official", type=Path, help="checkout of the official repository")
+    parser.add_argument("--mlx_video", type=Path, help="checkout of mlx-video")
     parser.add_argument("--vae", choices=("2.2", "2.1"), default="2.2")
     parser.add_argument("--size", default="1280*704", help="WIDTH*HEIGHT")
     parser.add_argument("--frames", type=int, default=121, help="4n+1")
@@ -47,6 +50,8 @@ def main() -> int:
     rows = args.rows or ["mlx-wan float32", "mlx-wan bfloat16", "mlx-wan float16"]
     if args.official and not args.rows:
         rows = ["official float32", "official bfloat16", *rows]
+    if args.mlx_video and not args.rows:
+        rows.append("mlx-video float32")
     with tempfile.TemporaryDirectory() as folder:
         if args.official:
             child(REFERENCE, folder)
@@ -55,8 +60,12 @@ def main() -> int:
         wanted = None
         for row in ([REFERENCE] if args.official else []) + rows:
             found = Path(folder, row)
-            if row != REFERENCE:
-                child(row, folder)
+            try:
+                if row != REFERENCE:
+                    child(row, folder)
+            except subprocess.CalledProcessError:  # out of memory, as a rule
+                print(f"| {row} | failed | | | | | | |", flush=True)
+                continue
             decoded, encoded = np.load(f"{found}.decoded.npy"), np.load(f"{found}.encoded.npy")
             wanted = wanted or (decoded, encoded)
             told = json.loads(Path(f"{found}.json").read_text())
@@ -86,7 +95,7 @@ def measure(args: argparse.Namespace, row: str, folder: str) -> None:
     video = np.clip(drawn("video", (1, args.frames, height // 8, width // 8, 3)), -1, 1)
     video = video.repeat(8, axis=2).repeat(8, axis=3)  # squares, not noise of single pixels
     kind, precision = row.split(" ", 1)
-    runner = Official(args, precision) if kind == "official" else Ours(args, precision)
+    runner = {"official": Official, "mlx-video": MLXVideo, "mlx-wan": Ours}[kind](args, precision)
     exact = row == REFERENCE
     told: dict[str, float] = {}
     for name, call, given in (("decode", runner.decode, latents), ("encode", runner.encode, video)):
@@ -161,6 +170,43 @@ class Ours:
 
     def peak(self) -> float:
         return self.mx.get_peak_memory() / 2**30
+
+
+class MLXVideo(Ours):
+    """mlx-video's, as its generate.py calls it: in the tiles that it chooses by itself."""
+
+    def __init__(self, args: argparse.Namespace, precision: str) -> None:
+        super().__init__(args, precision)
+        for name in ("mlx_video", "mlx_video.models", "mlx_video.models.ltx_2", "mlx_video.models.ltx_2.video_vae"):
+            package = types.ModuleType(name)  # whose own files import much more
+            package.__path__ = [str(args.mlx_video.joinpath(*name.split(".")))]
+            sys.modules[name] = package
+        module = importlib.import_module("mlx_video.models.wan_2.vae22")
+        tiling = importlib.import_module("mlx_video.models.ltx_2.video_vae.tiling")
+        width, height = map(int, args.size.split("*"))
+        self.tiles = tiling.TilingConfig.auto(height, width, args.frames)
+        self.mean, self.std = module.VAE22_MEAN, module.VAE22_STD
+        from mlx.utils import tree_flatten
+
+        parameters, mx = dict(tree_flatten(self.vae.parameters())), self.mx
+        weights = {name: mx.moveaxis(array, -1, 1) if array.ndim > 1 else array for name, array in parameters.items()}
+        weights = module.sanitize_wan22_vae_weights(weights, include_encoder=True)
+        sizes = {"dim": args.width} if args.width else {}
+        self.encoder = module.Wan22VAEEncoder(**sizes)
+        self.decoder = module.Wan22VAEDecoder(**sizes, **({"dec_dim": args.width} if args.width else {}))
+        for half, own in ((self.encoder, ("encoder.", "conv1.")), (self.decoder, ("decoder.", "conv2."))):
+            half.load_weights([(name, array) for name, array in weights.items() if name.startswith(own)])
+            mx.eval(half.parameters())
+        del self.vae
+
+    def decode(self, latents: np.ndarray, kept: bool = True) -> np.ndarray:
+        given = self.mx.array(latents)
+        return self._take(
+            [self.decoder(given) if self.tiles is None else self.decoder.decode_tiled(given, self.tiles)], kept
+        )
+
+    def encode(self, video: np.ndarray, kept: bool = True) -> np.ndarray:
+        return self._take([self.encoder.encode(self.mx.array(video)) * self.std + self.mean], kept)
 
 
 class Official:
