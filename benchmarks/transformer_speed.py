@@ -239,8 +239,8 @@ def mlx_video(
         package = types.ModuleType(name)
         package.__path__ = [str(source.joinpath(*name.split(".")))]
         sys.modules[name] = package
-    from mlx_video.models.wan_2.config import WanModelConfig  # pyright: ignore[reportMissingImports]
-    from mlx_video.models.wan_2.wan_2 import WanModel  # pyright: ignore[reportMissingImports]
+    from mlx_video.models.wan_2.config import WanModelConfig
+    from mlx_video.models.wan_2.wan_2 import WanModel
 
     text_len = TEXT if dims is TRUE else 16
     model = WanModel(WanModelConfig(model_type="ti2v", in_dim=CHANNELS, out_dim=CHANNELS, text_len=text_len, **dims))
