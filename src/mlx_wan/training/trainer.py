@@ -310,7 +310,7 @@ class Trainer(Loop):
         where = step, step + 1 if called is None else called
         bad = [name for name, value in row.items() if not math.isfinite(value)]
         if bad:
-            self._stop(f"{bad[0]} is {row[bad[0]]}", *where, ~np.isfinite(clips), "use compute_dtype float32")
+            self._stop(f"{bad[0]} is {row[bad[0]]}", *where, ~np.isfinite(clips), "compute in float32")
         loss, limit = row["loss"], self.config.spike_factor * self._mean_loss
         if self._seen >= SPIKE_AFTER and 0 < limit < loss:
             what = f"loss is {loss:.4g}, and was {self._mean_loss:.4g} on average"
