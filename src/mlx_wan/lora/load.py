@@ -162,7 +162,7 @@ def _group(
         roles, _ = grouped.setdefault(layer, ({}, raw))
         if key.role in roles:
             raise CheckpointError(f"{path}: holds {layer} twice, as {roles[key.role].name} and {name}")
-        if not mx.issubdtype(DTYPES[info.dtype][2] or mx.int32, mx.floating):
+        if not mx.issubdtype(DTYPES[info.dtype][2], mx.floating):
             raise CheckpointError(f"{path}: {name} is {info.dtype}; a LoRA must be of floats")
         roles[key.role] = info
         writers[key.writer] = writers.get(key.writer, 0) + 1

@@ -100,8 +100,6 @@ def _check(part: Component, component: str, parameters: Mapping[str, mx.array], 
 def _loadable(info: TensorInfo, parameter: mx.array) -> bool:
     """Floats for floats (those this package can read), packed integers for packed integers."""
     stored = DTYPES[info.dtype][2]
-    if stored is None:
-        return False
     if mx.issubdtype(parameter.dtype, mx.floating):
         return mx.issubdtype(stored, mx.floating)
     return stored == parameter.dtype
@@ -109,7 +107,6 @@ def _loadable(info: TensorInfo, parameter: mx.array) -> bool:
 
 def _target(component: str, name: str, info: TensorInfo, dtype: mx.Dtype | None) -> mx.Dtype:
     stored = DTYPES[info.dtype][2]
-    assert stored is not None  # _check has seen to it
     return parameter_dtype(component, name, mx.bfloat16 if info.packed and dtype is None else stored, dtype)
 
 
