@@ -38,7 +38,7 @@ from mlx_wan.weights.dimensions import (
 )
 from mlx_wan.weights.files import INDEX_SUFFIX, TENSOR_SUFFIXES, read_index, read_tensors
 from mlx_wan.weights.fit import component_tensors
-from mlx_wan.weights.hub import download
+from mlx_wan.weights.hub import download, local_file
 from mlx_wan.weights.identify import LABELS, identify
 from mlx_wan.weights.layouts import official_names
 from mlx_wan.weights.loose import NEEDED, by_content, find_tokenizer, has_parts, without
@@ -46,6 +46,7 @@ from mlx_wan.weights.quantize import Quantization
 from mlx_wan.zoo import MODELS
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+USUAL = {"tokenizer": ("tokenizer.json",)}  # of a repository's files the one that is meant
 MODEL_TYPES = ("t2v", "ti2v", "i2v", "flf2v", "vace")  # of the transformers that run, in config.json
 
 
@@ -62,8 +63,9 @@ def locate(
 ) -> Checkpoint:
     """The checkpoint in a folder, of a Hub id ("Wan-AI/Wan2.2-TI2V-5B") or "tiny", the one in this package.
 
-    Single files take the place of the folder's own; with all that the model has given, `where` can be None. `task` is
-    one of `zoo.MODELS`, and needed only where files alone do not tell a model from an expert of another.
+    Single files take the place of the folder's own; with all that the model has given, `where` can be None. They may be
+    on the Hub, "OWNER/NAME/FILE", or "OWNER/NAME" of a repository with one file of tensors. `task` is one of
+    `zoo.MODELS`, and needed only where files alone do not tell a model from an expert of another.
 
     Reads headers alone, and finds all that can be wrong with them, so that nobody waits for gigabytes to be read
     first. A Hub id downloads what is not in the cache yet.
@@ -81,7 +83,7 @@ def locate(
         "vae": vae,
         "tokenizer": tokenizer,
     }
-    files = {part: Path(path).expanduser() for part, path in given.items() if path is not None}
+    files = {part: local_file(path, USUAL.get(part, ())) for part, path in given.items() if path is not None}
     for part, path in files.items():
         if not path.is_file():
             raise UserError(f"{path}: no such file (given as the {LABELS.get(part, part)})")
