@@ -62,6 +62,12 @@ def test_scales_stored_as_bytes_and_layers_without_prefix_in_the_header(tmp_path
     assert np.array_equal(values, np.tile([1.0, 2.0], (128, 32)))  # 0.5 and 1, times 2
 
 
+def test_integers_with_a_scale_a_row_need_no_description(tmp_path):
+    arrays = {"weight": mx.array([[1, -2], [3, 4]], mx.int8), "weight_scale": mx.array([[0.5], [2.0]])}
+    info = read_tensors(layer(tmp_path, None, arrays))[f"{PREFIX}a.weight"]  # as lightx2v writes them
+    assert info.load().tolist() == [[0.5, -1.0], [6.0, 8.0]]
+
+
 @pytest.mark.parametrize(
     ("said", "change", "message"),
     [
@@ -75,7 +81,7 @@ def test_scales_stored_as_bytes_and_layers_without_prefix_in_the_header(tmp_path
         ({"format": "nvfp4"}, {"weight_scale_2": None}, r"a\.weight lacks its weight_scale_2"),
         ({"format": "nvfp4"}, {"weight_scale": mx.zeros((128, 5), mx.uint8)}, "which has 512 scales there"),
         ({"format": "nvfp4"}, {"weight_scale": mx.zeros((128, 4))}, "float32 does not fit"),
-        (None, {}, "has a scale but is uint8, not an 8-bit float"),
+        (None, {}, "has a scale but is uint8, which nothing explains"),
     ],
 )
 def test_descriptions_that_do_not_fit(tmp_path, said, change, message):

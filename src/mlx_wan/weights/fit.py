@@ -1,7 +1,7 @@
 """The tensors of a checkpoint as our modules take them: renamed, turned, of the right type, and complete."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import mlx.core as mx
@@ -22,6 +22,7 @@ from mlx_wan.weights.quantize import quantize_module
 from mlx_wan.weights.tensors import DTYPES, ByRows, TensorInfo, dtype_name
 
 SHOWN = 4  # tensors listed of each kind in an error
+PIECE = 1 << 27  # values unpacked at a time
 
 
 def make_vae(checkpoint: Checkpoint) -> WanVAE:
@@ -127,6 +128,8 @@ def _fitted(info: TensorInfo, name: str, way: str, shape: tuple[int, ...], dtype
     load = info.load
 
     def fitted() -> mx.array:
+        if way == KEEP and count > PIECE and info.packed and isinstance(load, ByRows):
+            return _in_pieces(rows, shape, dtype)
         return turn(load(), way, shape).astype(dtype)
 
     def rows(start: int, stop: int) -> mx.array:
@@ -134,3 +137,14 @@ def _fitted(info: TensorInfo, name: str, way: str, shape: tuple[int, ...], dtype
 
     read = ByRows(fitted, rows) if way == KEEP else fitted  # a turned tensor's rows are not the file's
     return replace(info, name=name, shape=shape, dtype=type_name, nbytes=count * size, load=read, packed="")
+
+
+def _in_pieces(rows: Callable[[int, int], mx.array], shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
+    """A tensor so large that all of it in float32 is not to be in memory at once: UMT5's embeddings take 4.2 GB."""
+    step = max(1, PIECE // math.prod(shape[1:]))
+    whole = mx.zeros(shape, dtype)
+    for start in range(0, shape[0], step):
+        stop = min(start + step, shape[0])
+        whole[start:stop] = rows(start, stop)
+        mx.eval(whole)
+    return whole

@@ -1,8 +1,8 @@
 """ComfyUI's quantized matrices, each a few tensors of a file, joined to one tensor.
 
 Older files (`fp8_scaled`) hold `X.scale_weight` beside `X.weight`, and a marker `scaled_fp8`; newer ones
-`X.weight_scale` and a JSON text, as a tensor `X.comfy_quant` or under X in the file's own metadata. What the formats
-mean is in `comfy`.
+`X.weight_scale` and a JSON text, as a tensor `X.comfy_quant` or under X in the file's own metadata; lightx2v's the
+scale alone, beside 8-bit floats or integers. What the formats mean is in `comfy`.
 """
 
 import json
@@ -58,9 +58,10 @@ def _joined(
     path: Path, weight: TensorInfo, scales: Mapping[str, TensorInfo], options: Mapping[str, Any] | None
 ) -> TensorInfo:
     if options is None:
-        if not weight.packed.startswith("float8"):
-            raise CheckpointError(f"{path}: {weight.name} has a scale but is {weight.stored}, not an 8-bit float")
-        options = {"format": "float8_e4m3fn"}
+        plain = "int8_tensorwise" if weight.stored == "int8" else "float8_e4m3fn"
+        if weight.stored not in FORMATS[plain].stored:
+            raise CheckpointError(f"{path}: {weight.name} has a scale but is {weight.stored}, which nothing explains")
+        options = {"format": plain}
     form = _form(path, weight, options)
     shape = (*weight.shape[:-1], weight.shape[-1] * form.values) if weight.shape else ()
     rows, columns = (shape[0], math.prod(shape[1:])) if shape else (1, 1)
