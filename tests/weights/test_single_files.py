@@ -262,9 +262,7 @@ def test_a_model_in_one_file(tmp_path):
     found = describe(file)
     assert set(found["components"]) == {"transformer", "text_encoder", "vae"}
     assert found["use"] == f"mlx-wan generate --ckpt_dir {file}"
-    other = write_plain(
-        tmp_path / "vae.safetensors", checkpoints.official("vae"), "model."
-    )  # ComfyUI-WanVideoWrapper's
+    other = write_plain(tmp_path / "vae.safetensors", checkpoints.official("vae"), "model.")  # as WanVideoWrapper's
     assert locate(file, vae=other).vae.path == other
     assert locate(transformer=file, text_encoder=file, vae=other).text_encoder.path == file
 
