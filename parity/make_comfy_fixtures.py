@@ -42,8 +42,8 @@ def main():
     processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     arrays = {f"ids/{i}": np.array(processor.encode(text), np.int32) for i, text in enumerate(prompts)}
     every_byte = torch.arange(256, dtype=torch.uint8)
-    for name, kind in (("float8_e4m3", torch.float8_e4m3fn), ("float8_e5m2", torch.float8_e5m2)):
-        arrays[name] = every_byte.view(kind).float().numpy()
+    for kind in (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu):
+        arrays[str(kind).removeprefix("torch.").rstrip("fnu")] = every_byte.view(kind).float().numpy()
     np.savez_compressed(TESTS / "golden" / "comfy.npz", **arrays)
 
 

@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["gguf==0.19.0", "numpy>=2"]
+# dependencies = ["gguf==0.19.0", "sentencepiece", "numpy>=2"]
 # ///
 """A GGUF file by the gguf package, and what that package makes of every block format.
 
@@ -8,14 +8,23 @@
 
 Writes tests/weights/fixtures/wan.gguf and tests/golden/gguf.npz. Formats that gguf does not write (K and IQ) are
 random blocks with tame scales; what counts is that both read the same values out of them.
+
+And fixtures/umt5.gguf: the small text encoder under the names that gguf has for it, with the pieces of
+fixtures/spiece.model, as llama.cpp's converter stores a T5 encoder.
 """
 
+import json
+import sys
 from pathlib import Path
 
 import gguf
 import numpy as np
+import sentencepiece
 
 TESTS = Path(__file__).resolve().parent.parent / "tests"
+sys.path.insert(0, str(TESTS))
+import small  # noqa: E402
+
 TYPES = (
     *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
     *("IQ4_NL", "IQ4_XS"),
@@ -40,6 +49,33 @@ def blocks(name, rng):
     return raw.reshape(ROWS, -1)
 
 
+def text_encoder():
+    writer = gguf.GGUFWriter(TESTS / "weights" / "fixtures" / "umt5.gguf", "t5encoder")
+    names = json.loads((TESTS / "golden" / "diffusers.json").read_text())["text_encoder"]["tensors"]
+    shapes = json.loads((TESTS / "golden" / "names.json").read_text())["small"]["text_encoder"]
+    table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.T5ENCODER, small.TEXT_ENCODER["num_layers"])
+    for own, official in names.items():
+        name = table.get_name(own, try_suffixes=(".weight",))
+        if name is not None:  # the tied copy of the embeddings has none
+            array = small.weight("text_encoder", official, tuple(shapes[official]))
+            if array.ndim == 2 and array.shape[1] % 32 == 0:
+                kind = gguf.GGMLQuantizationType.Q4_0
+                writer.add_tensor(name, gguf.quants.quantize(array, kind), raw_dtype=kind)
+            else:
+                writer.add_tensor(name, array.astype(np.float16) if array.ndim == 2 else array)
+    model = sentencepiece.SentencePieceProcessor(model_file=str(TESTS / "weights" / "fixtures" / "spiece.model"))
+    ids = range(model.get_piece_size())
+    kinds = ((model.is_unknown, 2), (model.is_control, 3), (model.is_unused, 5), (model.is_byte, 6))
+    writer.add_tokenizer_model("t5")
+    writer.add_token_list([model.id_to_piece(i).encode() for i in ids])
+    writer.add_token_scores([model.get_score(i) for i in ids])
+    writer.add_token_types([next((kind for is_it, kind in kinds if is_it(i)), 1) for i in ids])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 def main():
     rng, arrays = np.random.default_rng(0), {}
     path = TESTS / "weights" / "fixtures" / "wan.gguf"
@@ -62,6 +98,7 @@ def main():
     writer.write_tensors_to_file()
     writer.close()
     np.savez_compressed(TESTS / "golden" / "gguf.npz", **arrays)
+    text_encoder()
     print(path.stat().st_size, (TESTS / "golden" / "gguf.npz").stat().st_size)
 
 

@@ -72,6 +72,14 @@ def test_what_diffusers_and_peft_compute(velocities, name):
     assert relative_error(got, velocities["plain"]) > 0.01
 
 
+def test_videox_fun_writes_kohya_s_keys_with_another_blank(tmp_path):
+    tensors = {f"lora_unet__{name.removeprefix('lora_unet_')}": array for name, array in stored("kohya").items()}
+    write(tmp_path / "fun.safetensors", tensors)
+    lora = read_lora(tmp_path / "fun.safetensors", SHAPES)
+    assert (lora.writer, lora.unmatched) == ("kohya", ())
+    assert lora.layers.keys() == read_lora(file("kohya"), SHAPES).layers.keys()
+
+
 def test_two_with_strengths(velocities):
     assert relative_error(velocity(with_loras(diffusers=0.7, kohya=-0.4)), velocities["together"]) < 1e-5
 

@@ -9,8 +9,13 @@ import numpy as np
 import pytest
 
 from mlx_wan.errors import CheckpointError
+from mlx_wan.weights import spiece
 from mlx_wan.weights.files import read_tensors
 from mlx_wan.weights.gguf import CHUNK_BLOCKS, PACKED, read_gguf
+from mlx_wan.weights.identify import identify
+from mlx_wan.weights.layouts import official_names
+
+from . import checkpoints
 
 FILE = Path(__file__).parent / "fixtures" / "wan.gguf"
 SUPPORTED = [packing.name for packing in PACKED.values() if packing.unpack]
@@ -106,3 +111,42 @@ def test_formats_that_are_only_described(tmp_path):
     assert (info.packed, info.nbytes) == ("IQ3_S", 110)
     with pytest.raises(CheckpointError, match="tensor a is IQ3_S, which is not supported"):
         info.load()
+
+
+# --- text encoders ---
+
+UMT5 = FILE.with_name("umt5.gguf")
+
+
+def test_a_text_encoder_under_the_names_of_the_gguf_package():
+    tensors = read_gguf(UMT5)
+    found = {official: tensors[name] for name, official in official_names(tensors).items() if name != spiece.TENSOR}
+    want = checkpoints.official("text_encoder")
+    assert found.keys() == want.keys()
+    for name, array in want.items():
+        assert found[name].shape == array.shape
+        assert cases.relative_error(np.array(found[name].load()), array) < (0.12 if found[name].packed else 1e-3)
+    assert identify({name: info.shape for name, info in tensors.items()}).component == "text_encoder"
+
+
+def test_its_tokenizer_is_sentencepiece_s():
+    model = spiece.tokenizer_json(bytes(np.array(read_gguf(UMT5)[spiece.TENSOR].load())))
+    assert model == spiece.tokenizer_json(FILE.with_name("spiece.model").read_bytes())
+
+
+@pytest.mark.parametrize("damage", [b"", string("tokenizer.ggml.scores", "x")])
+def test_a_damaged_tokenizer(tmp_path, damage):
+    tokens = text("tokenizer.ggml.tokens") + struct.pack("<IIQ", 9, 8, 1) + text("a")
+    header = string("general.architecture", "t5encoder") + tokens + damage
+    (tmp_path / "a.gguf").write_bytes(gguf(metadata=header, keys=2 + bool(damage)))
+    with pytest.raises(CheckpointError, match="has a damaged tokenizer"):
+        read_gguf(tmp_path / "a.gguf")
+
+
+def test_rows_of_packed_tensors(tmp_path):
+    info = read_tensors(FILE)["Q4_K.weight"]
+    assert np.array_equal(np.array(info.rows(1, 3)), np.array(info.load())[1:3])
+    data = np.random.default_rng(0).integers(0, 100, (3, 18), np.uint8)
+    (tmp_path / "a.gguf").write_bytes(gguf([("x", (6, 16), 2, 0)], values=data.tobytes()))  # blocks over two rows
+    info = read_gguf(tmp_path / "a.gguf")["x"]
+    assert np.array_equal(np.array(info.rows(1, 3)), np.array(info.load())[1:3])

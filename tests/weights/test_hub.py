@@ -2,11 +2,13 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import cases
 import checkpoint
 import pytest
 
@@ -177,17 +179,18 @@ def test_another_model_is_refused_before_it_is_downloaded(repository, tmp_path):
         assert [name for name, _ in hub.gets] == ["config.json"]
         code, message = locate(hub, tmp_path / "cache", "somebody/GGUF")
         assert code == 1
-        assert message.startswith("somebody/GGUF: holds no model in a layout that loads from the Hub; download")
+        assert message.startswith("somebody/GGUF: holds no model in a layout that loads as a whole; give its files")
+        assert message.endswith("--transformer somebody/GGUF/wan_high_noise.gguf")
 
 
 def test_no_such_repository_and_no_connection_are_one_line(hub, tmp_path):
     code, message = locate(hub, tmp_path, "nobody/none")
     assert code == 2
-    assert message.startswith("nobody/none: no such folder here, and the Hugging Face Hub did not provide it (404")
+    assert message.startswith("nobody/none: not here, and the Hugging Face Hub did not provide it (404")
     assert "\n" not in message
     code, message = locate(hub, tmp_path, HF_HUB_OFFLINE="1")
     assert code == 2
-    assert message.startswith("Wan-AI/Small: no such folder here, and")
+    assert message.startswith("Wan-AI/Small: not here, and")
     assert "\n" not in message
 
 
@@ -252,3 +255,94 @@ def test_of_a_diffusers_repository_each_file_once(tmp_path):
     names = ["model_index.json", *files, "vae/diffusion_pytorch_model.bin", "README.md"]
     assert layout_for(names, {}) is DIFFUSERS
     assert set(needed(DIFFUSERS, names, tmp_path)) == set(files) - {"transformer/x-3.safetensors"}
+
+
+# --- single files ---
+
+
+@pytest.fixture
+def loose(repository, tmp_path):
+    """Repositories of LoRAs and of single files."""
+    loras, one, parts = (tmp_path / name for name in ("loras", "one", "parts"))
+    (loras / "sub").mkdir(parents=True)
+    for folder in (loras, one, parts):
+        folder.mkdir(exist_ok=True)
+        (folder / "README.md").write_text("hello")
+    (loras / ".gitattributes").write_text("*.safetensors filter=lfs")
+    for name in ("diffusers", "kohya"):
+        shutil.copy(cases.GOLDEN / "lora" / f"{name}.safetensors", loras / "sub")
+    shutil.copytree(cases.GOLDEN / "lora" / "peft", loras / "peft")
+    shutil.copy(cases.GOLDEN / "lora" / "kohya.safetensors", one / "style.safetensors")
+    shutil.copy(repository / VAE, parts / "vae.pth")
+    for name in ("models_t5_umt5-xxl-enc-bf16.pth", "google/umt5-xxl/tokenizer.json"):
+        shutil.copy(repository / name, parts)
+    with hub_server.Hub({"me/loras": loras, "me/one": one, "me/parts": parts}) as server:
+        yield server
+
+
+def found(hub, cache: Path, call: str, wheres: list[str], **more: str) -> list[str]:
+    """What one process makes of each: a path in the repository, or an error with its exit code."""
+    code = PIECES + (
+        "import json; from mlx_wan.errors import WanError; from mlx_wan.lora.load import lora_file\n"
+        "from mlx_wan.weights.hub import local_file; out = []\n"
+        f"for where in {wheres!r}:\n"
+        f"    try: out.append(str({call}(where)).split('/snapshots/')[-1].split('/', 1)[-1])\n"
+        "    except WanError as error: out.append(f'{error.exit_code} {error}')\n"
+        "print(json.dumps(out))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(hub, cache, **more), capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_a_lora_of_the_hub_is_one_file_and_found_offline(loose, tmp_path):
+    wheres = ["me/loras/sub/kohya.safetensors", "me/one", "me/loras/peft", "me/one/style.safetensors", "me/one"]
+    names = ["sub/kohya.safetensors", "style.safetensors", "peft/adapter_model.safetensors", *["style.safetensors"] * 2]
+    cache = tmp_path / "cache"
+    loose.cut["style.safetensors"] = [3000]  # goes on where it stopped
+    assert found(loose, cache, "lora_file", wheres) == names
+    assert [start > 0 for name, start in loose.gets if name == "style.safetensors"] == [False, True]
+    asked = {".gitattributes", *names[:3], "peft/adapter_config.json"}
+    assert {name for name, _ in loose.gets} == asked
+    assert len(loose.gets) == len(asked) + 1
+    several, lacking, outside, here = found(
+        loose, cache, "lora_file", ["me/loras/sub", "me/one/other.safetensors", "me/one/../x", "me/x.safetensors"]
+    )
+    assert several == (
+        "2 me/loras: say which file, as me/loras/FILE: it has sub/diffusers.safetensors, sub/kohya.safetensors"
+    )
+    assert lacking == "2 me/one: has no other.safetensors, but style.safetensors"
+    assert outside.startswith("2 me/one: has no ../x, but")
+    assert here == "2 me/x.safetensors: no such LoRA file"  # as a file's name is: the Hub is not asked
+    *again, absent = found(
+        loose, cache, "lora_file", [*wheres, "me/loras/sub/diffusers.safetensors"], HF_HUB_OFFLINE="1"
+    )
+    assert again == names
+    assert absent.startswith("2 me/loras/sub/diffusers.safetensors: is not in the cache, and the Hugging Face Hub")
+
+
+def test_a_video_of_parts_and_a_lora_of_the_hub(loose, repository, tmp_path):
+    line = ["--size", "64*32", "--frame_num", "5", "--steps", "1", "--lora", "me/one", "0.5", "-o", "a.mp4"]
+    parts = ["--text_encoder", "me/parts/models_t5_umt5-xxl-enc-bf16.pth", "--tokenizer", "me/parts"]
+    parts += ["--vae", "me/parts/vae.pth"]
+    command = [sys.executable, "-m", "mlx_wan.cli.main", "generate"]
+    model = ["--ckpt_dir", str(repository)]
+    run = subprocess.run(
+        [*command, "--prompt", "a cat", *line, *parts, *model],
+        env=environment(loose, tmp_path / "cache"),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    again = subprocess.run(
+        [*command, "--from", "a.mp4", "-o", "b.mp4", *model, *parts],
+        env=environment(loose, tmp_path / "cache", HF_HUB_OFFLINE="1"),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()

@@ -12,6 +12,7 @@ from mlx_wan.weights.layouts import (
     DIFFUSERS_TRANSFORMER,
     DIFFUSERS_VAE,
     DIFFUSERS_VAE21,
+    GGUF_TEXT_ENCODER,
     HF_IMAGE_ENCODER,
     HF_TEXT_ENCODER,
     KEEP,
@@ -79,6 +80,7 @@ def test_the_flat_vae_of_diffusers():
 
 def test_every_dialect_is_known():
     known = {OFFICIAL, WAN22_MLX, DIFFUSERS_TRANSFORMER, HF_TEXT_ENCODER, DIFFUSERS_VAE, DIFFUSERS_VAE21}
+    known |= {GGUF_TEXT_ENCODER}
     assert set(DIALECTS) == known | {HF_IMAGE_ENCODER, MLX_VIDEO_TRANSFORMER, MLX_VIDEO_TEXT_ENCODER, MLX_VIDEO_VAE}
 
 

@@ -283,7 +283,9 @@ def test_truncated_files_are_found_before_anything_is_read(tmp_path, layout, par
 def test_paths_that_are_no_checkpoint(tmp_path, folder):
     with pytest.raises(UserError, match=r"none: no such folder"):
         locate(tmp_path / "none")
-    with pytest.raises(UserError, match=r"Wan2\.2_VAE\.pth: is a single file \(Wan2\.2-type VAE .*\); give the folder"):
+    alone = r"Wan2\.2_VAE\.pth: is a single file \(Wan2\.2-type VAE .*\); give the folder of a whole checkpoint, or "
+    alone += r"--vae Wan2\.2_VAE\.pth with a folder for the rest, or with --transformer FILE and --text_encoder FILE$"
+    with pytest.raises(UserError, match=alone):
         locate(folder / "Wan2.2_VAE.pth")
 
 

@@ -19,6 +19,7 @@ from mlx_wan.errors import CheckpointError, UserError
 from mlx_wan.memory.plan import Dimensions, Setting, plans
 from mlx_wan.models.packed import PackedLinear
 from mlx_wan.text import Tokenizer, clean_prompt
+from mlx_wan.weights import fit
 from mlx_wan.weights.convert import convert
 from mlx_wan.weights.files import read_tensors
 from mlx_wan.weights.gguf import SHAPE_KEY
@@ -142,7 +143,7 @@ def test_both_kinds_of_scales(tmp_path, scaled, marker):
     tensors = read_tensors(tmp_path / "a.safetensors")
     assert tensors.keys() == weights.keys()
     info = tensors["blocks.0.ffn.0.weight"]
-    assert (info.dtype, info.packed, info.nbytes) == ("float32", "float8_e4m3 scaled", 160 * 96)
+    assert (info.dtype, info.packed, info.nbytes) == ("float32", "float8_e4m3 scaled", 160 * 96 + 4)
     scale = np.float32(np.abs(weights[info.name]).max() / 448)
     want = FLOAT8["float8_e4m3"][nearest_e4m3(weights[info.name] / scale)] * scale
     assert np.array_equal(np.array(info.load()), want)
@@ -215,6 +216,63 @@ def test_all_parts_one_by_one(tmp_path):
     assert checkpoint.transformer_config.num_heads == 3
 
 
+def test_a_text_encoder_of_gguf_brings_its_tokenizer(comfy):
+    file = Path(__file__).parent / "fixtures" / "umt5.gguf"
+    checkpoint = locate(comfy, text_encoder=file)
+    assert checkpoint.tokenizer_json() == tokenizer_json(SPIECE)
+    got = parameters(load_text_encoder(checkpoint, mx.float32))
+    for name, array in checkpoints.native("text_encoder").items():
+        assert cases.relative_error(np.array(got[name]), np.array(array)) < 0.12  # four bits
+    assert str(describe(file)["use"]).endswith(f"--text_encoder {file}")
+
+
+def test_large_packed_tensors_are_unpacked_by_rows(comfy, monkeypatch):
+    checkpoint = locate(comfy, text_encoder=Path(__file__).parent / "fixtures" / "umt5.gguf")
+    whole = parameters(load_text_encoder(checkpoint, mx.bfloat16))
+    monkeypatch.setattr(fit, "PIECE", 1000)
+    pieces = parameters(load_text_encoder(checkpoint, mx.bfloat16))
+    assert all(mx.array_equal(pieces[name], array) for name, array in whole.items())
+
+
+def in_one_file(path: Path, change: dict[str, np.ndarray] | None = None) -> Path:
+    """As ComfyUI's node that saves a checkpoint names the parts."""
+    text = hugging_face(with_tokenizer=False)
+    return write_plain(
+        path,
+        {f"model.diffusion_model.{name}": array for name, array in checkpoints.official("transformer").items()}
+        | {f"text_encoders.umt5xxl.transformer.{name}": array for name, array in text.items()}
+        | {"text_encoders.umt5xxl.logit_scale": np.zeros(1, np.float32)}
+        | {"text_encoders.spiece_model": np.frombuffer(SPIECE, np.uint8)}
+        | {f"vae.{name}": array for name, array in checkpoints.official("vae").items()}
+        | (change or {}),
+    )
+
+
+def test_a_model_in_one_file(tmp_path):
+    file = in_one_file(tmp_path / "all.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"num_heads": 3}))
+    for where in (file, tmp_path):
+        checkpoint = locate(where)
+        assert checkpoint.tokenizer_json() == tokenizer_json(SPIECE)
+        for part, load in (("transformer", load_transformer), ("text_encoder", load_text_encoder)):
+            got = parameters(load(checkpoint, mx.float32))
+            assert all(mx.array_equal(got[name], array) for name, array in checkpoints.native(part).items())
+        got = parameters(load_vae(checkpoint))
+        assert all(mx.array_equal(got[name], array) for name, array in checkpoints.native("vae").items())
+    found = describe(file)
+    assert set(found["components"]) == {"transformer", "text_encoder", "vae"}
+    assert found["use"] == f"mlx-wan generate --ckpt_dir {file}"
+    other = write_plain(tmp_path / "vae.safetensors", checkpoints.official("vae"), "model.")  # as WanVideoWrapper's
+    assert locate(file, vae=other).vae.path == other
+    assert locate(transformer=file, text_encoder=file, vae=other).text_encoder.path == file
+
+
+def test_a_model_in_one_file_with_something_else(tmp_path):
+    file = in_one_file(tmp_path / "all.safetensors", {"control.weight": np.zeros(2, np.float32)})
+    with pytest.raises(CheckpointError, match=r"all\.safetensors: has control\.weight, which is of no part"):
+        locate(file)
+
+
 def test_what_is_ambiguous_or_missing(comfy, tmp_path):
     vae = comfy / "vae" / "wan2.2_vae.safetensors"
     shutil.copy(vae, comfy / "vae" / "other.safetensors")
@@ -238,11 +296,14 @@ def test_what_is_ambiguous_or_missing(comfy, tmp_path):
     ("change", "message"),
     [
         (lambda t: [i for i in t if i.name != "a.weight"], "a.scale_weight is a scale without its weight"),
-        (lambda t: [*t[:1], array_tensor("a.scale_weight", mx.ones(3))], "is neither one scale nor one for each of 2"),
-        (lambda t: [array_tensor("a.weight", mx.ones((2, 2))), *t[1:]], "has a scale but is float32"),
+        (
+            lambda t: [*t[:1], array_tensor("a.scale_weight", mx.ones(3))],
+            "does not fit a.weight .*, which has 1 or 2 scales",
+        ),
+        (lambda t: [array_tensor("a.weight", mx.ones((2, 2))), *t[1:]], "has a scale but is float32, which nothing"),
         (
             lambda t: [*t, array_tensor("a.comfy_quant", mx.array(list(b'{"format": "nvfp4"}'), mx.uint8))],
-            "says 'nvfp4', which is not supported",
+            "a.weight says nvfp4, but is stored as float8_e4m3",
         ),
         (lambda t: [*t, array_tensor("a.comfy_quant", mx.array([1], mx.uint8))], "is not the description of a format"),
     ],
@@ -462,13 +523,17 @@ def test_an_expert_is_not_taken_for_a_whole_model(experts, tmp_path):
     sparse(tmp_path / "wan14b.safetensors", shapes)
     (tmp_path / "config.json").unlink()
     files = {"transformer": tmp_path / "wan14b.safetensors", "text_encoder": experts["text_encoder"]}
-    message = r"is Wan2\.2 T2V-A14B \(one expert\) or .*; give the low-noise expert too, with --transformer_2, or say "
+    message = (
+        r"is Wan2\.2 T2V-A14B \(one expert\) or .*; give the low-noise expert too, with --transformer_2 .*, or say "
+    )
     with pytest.raises(CheckpointError, match=message + "--task t2v-14B"):
         locate(**files, vae=experts["vae"])
     with pytest.raises(CheckpointError, match="the transformer wants text of width 4096"):  # a later check
         locate(**files, vae=experts["vae"], task="t2v-14B")
     sparse(tmp_path / "wan14b.safetensors", shapes | {"patch_embedding.weight": (5120, 36, 1, 2, 2)})
-    with pytest.raises(CheckpointError, match=r"is Wan2\.2 I2V-A14B \(one expert\); .* with --transformer_2$"):
+    with pytest.raises(
+        CheckpointError, match=r"is Wan2\.2 I2V-A14B \(one expert\); .* with --transformer_2 \(the same file, .*\)$"
+    ):
         locate(**files, vae=experts["vae"])
 
 

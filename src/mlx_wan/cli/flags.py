@@ -69,7 +69,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--ckpt_dir", "--model", metavar="DIR", help="model folder or Hub id (default: the small embedded model)"
     )
     for part in FILES:
-        model.add_argument(f"--{part}", metavar="FILE", help=f"a {part.replace('_', ' ')} in place of the folder's own")
+        what = f"a {part.replace('_', ' ')} in place of the folder's own: a file, or OWNER/NAME/FILE on the Hub"
+        model.add_argument(f"--{part}", metavar="FILE", help=what)
     model.add_argument("--dtype", choices=tuple(DTYPE_BYTES), help="of weights and products (default: by device)")
     add_lora_flags(model)
     model.add_argument("--fuse", action="store_true", help="add the LoRAs to the weights instead of beside them")

@@ -31,12 +31,13 @@ def add_lora_flags(parser: Any) -> None:
             action="append",
             default=[],
             metavar=("PATH", "SCALE"),
-            help=f"a LoRA file of any dialect for {target}, and its strength (default 1); may be repeated",
+            help=f"a LoRA of any dialect for {target}, and its strength (default 1): a file, or OWNER/NAME or "
+            "OWNER/NAME/FILE on the Hub; may be repeated",
         )
 
 
 class LoraFlag(NamedTuple):
-    """What a flag names; expert is "high", "low" or None."""
+    """What a flag names, a file or one on the Hub; expert is "high", "low" or None."""
 
     path: str
     scale: float
@@ -44,7 +45,9 @@ class LoraFlag(NamedTuple):
 
     def facts(self) -> dict[str, Any]:
         """What a video's metadata tell of it."""
-        facts = {"file": Path(self.path).name, "scale": self.scale}
+        from mlx_wan.weights.hub import file_name
+
+        facts = {"file": file_name(self.path), "scale": self.scale}
         return facts if self.expert is None else facts | {"expert": self.expert}
 
 

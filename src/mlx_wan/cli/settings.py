@@ -61,6 +61,8 @@ def facts(args: argparse.Namespace, checkpoint: "Checkpoint", options: dict[str,
     """
     import mlx_wan
     from mlx_wan.fingerprint import file_fingerprint, model_fingerprint
+    from mlx_wan.lora.load import lora_file
+    from mlx_wan.weights.hub import file_name
 
     pictures = {name: getattr(args, flag) for name, flag in FILES.items() if getattr(args, flag)}
     loras = parse_loras(args)
@@ -74,8 +76,8 @@ def facts(args: argparse.Namespace, checkpoint: "Checkpoint", options: dict[str,
     if pictures_of:
         prints[REFERENCES] = [file_fingerprint(file) for file in pictures_of]
     if loras:
-        prints["loras"] = [file_fingerprint(lora.path) for lora in loras]
-    parts = {part: Path(getattr(args, part)).name for part in PARTS if getattr(args, part)}
+        prints["loras"] = [file_fingerprint(lora_file(lora.path)) for lora in loras]
+    parts = {part: file_name(getattr(args, part)) for part in PARTS if getattr(args, part)}
     return {
         "prompt": args.prompt,
         **{name: Path(file).name for name, file in pictures.items()},
@@ -181,8 +183,12 @@ def _fill_files(args: argparse.Namespace, recorded: dict[str, Any]) -> None:
         args.fuse = args.fuse or bool(recorded.get("fuse"))
 
 
-def _at_hand(args: argparse.Namespace, name: str, flag: str) -> Path:
-    """The file of that name where it was when the run began, in this folder, or beside the video."""
+def _at_hand(args: argparse.Namespace, name: str, flag: str) -> str | Path:
+    """The file of that name where it was when the run began, in this folder, or beside the video; or on the Hub."""
+    from mlx_wan.weights.hub import is_hub_file
+
+    if is_hub_file(name):
+        return name
     video, before = Path(args.replay), args.places.get(f"{flag} {name}")
     for file in (*([Path(before)] if before else []), *(folder / Path(name).name for folder in (Path(), video.parent))):
         if file.exists():
@@ -200,11 +206,13 @@ def _same_pictures(args: argparse.Namespace, recorded: dict[str, Any]) -> bool:
 def _changed_files(args: argparse.Namespace, recorded: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     """(flag, file, fingerprint before, fingerprint now) of every picture and LoRA that is not the recorded one."""
     from mlx_wan.fingerprint import file_fingerprint
+    from mlx_wan.lora.load import lora_file
 
     prints = _prints(recorded)
     pairs = [(flag, getattr(args, flag), prints.get(name)) for name, flag in FILES.items()]
     pairs += [
-        ("lora", lora.path, before) for lora, before in zip(parse_loras(args), prints.get("loras", ()), strict=False)
+        ("lora", str(lora_file(lora.path)), before)
+        for lora, before in zip(parse_loras(args), prints.get("loras", ()), strict=False)
     ]
     pairs += [
         (REFERENCES, file, before) for file, before in zip(references(args), prints.get(REFERENCES, ()), strict=False)

@@ -18,6 +18,7 @@ PREFIXES = (
     ("diffusion_model.", "ComfyUI"),
     ("transformer.", "Diffusers"),
     ("pipe.dit.", "DiffSynth"),
+    ("lora_unet__", "kohya"),  # VideoX-Fun's
     ("lora_unet_", "kohya"),
     ("lycoris_", "LyCORIS"),
 )

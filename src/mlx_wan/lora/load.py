@@ -17,13 +17,13 @@ from mlx_wan.lora import dialects
 from mlx_wan.lora.layers import Adapter, Difference, DoRA, Hadamard, Kronecker, LowRank
 from mlx_wan.models.transformer import TransformerConfig, WanTransformer
 from mlx_wan.weights.files import read_metadata, read_tensors
+from mlx_wan.weights.hub import LORA_CONFIG, local_file
 from mlx_wan.weights.identify import identify
 from mlx_wan.weights.tensors import DTYPES, TensorInfo
 
 Shape = tuple[int, ...]
 Roles = Mapping[str, TensorInfo]
 FOLDER_FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")  # of PEFT, of diffusers
-CONFIG_FILE = "adapter_config.json"
 METADATA_KEY = "lora_adapter_metadata"  # where diffusers puts that config in a file's header
 PATCHES = "patch_embedding"  # the one layer whose weight is neither a matrix nor a vector
 SHOWN = 3
@@ -98,9 +98,10 @@ def transformer_shapes(config: TransformerConfig) -> Mapping[str, Shape]:
 
 
 def read_lora(path: str | Path, shapes: Mapping[str, Shape]) -> Lora:
-    """Reads the headers of an adapter file, or of a folder as PEFT and diffusers write it, for a transformer.
+    """Reads the headers of an adapter for a transformer.
 
     Args:
+        path: as of `lora_file`.
         shapes: of the transformer's parameters by official name, channels last (`transformer_shapes`).
 
     Raises:
@@ -108,7 +109,7 @@ def read_lora(path: str | Path, shapes: Mapping[str, Shape]) -> Lora:
         CheckpointError: damaged; of a kind that cannot be computed (Tucker); no key of it belongs to this
             transformer; or a tensor of another shape, which means that it was made for another model.
     """
-    path = _file(Path(path).expanduser())
+    path = lora_file(path)
     tensors = read_tensors(path)
     if not dialects.is_adapter(tensors):
         identity = identify({name: info.shape for name, info in tensors.items()})
@@ -132,7 +133,10 @@ def read_lora(path: str | Path, shapes: Mapping[str, Shape]) -> Lora:
     return Lora(path, writer, layers, shifts, shapes, tuple(unmatched))
 
 
-def _file(path: Path) -> Path:
+def lora_file(where: str | Path) -> Path:
+    """The file of an adapter: itself, that of a folder as PEFT and diffusers write it, or of one on the Hub (a
+    repository, "OWNER/NAME", a folder or file in it) the copy in the local cache. Raises as `hub.local_file`."""
+    path = local_file(where, FOLDER_FILES)
     if path.is_dir():
         inside = next((path / name for name in FOLDER_FILES if (path / name).is_file()), None)
         if inside is None:
@@ -162,7 +166,7 @@ def _group(
         roles, _ = grouped.setdefault(layer, ({}, raw))
         if key.role in roles:
             raise CheckpointError(f"{path}: holds {layer} twice, as {roles[key.role].name} and {name}")
-        if not mx.issubdtype(DTYPES[info.dtype][2] or mx.int32, mx.floating):
+        if not mx.issubdtype(DTYPES[info.dtype][2], mx.floating):
             raise CheckpointError(f"{path}: {name} is {info.dtype}; a LoRA must be of floats")
         roles[key.role] = info
         writers[key.writer] = writers.get(key.writer, 0) + 1
@@ -339,7 +343,7 @@ def _scale(path: Path, raw: str, roles: Roles, config: Mapping[str, Any]) -> flo
 
 def _peft_config(path: Path) -> dict[str, Any]:
     """What PEFT's adapter_config.json beside the file, or diffusers' copy of it in the header, says of alpha."""
-    beside = path.with_name(CONFIG_FILE)
+    beside = path.with_name(LORA_CONFIG)
     said: Any = {}
     if path.name == FOLDER_FILES[0] and beside.is_file():
         path, said = beside, _json(beside, beside.read_bytes())

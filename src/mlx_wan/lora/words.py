@@ -29,7 +29,8 @@ class AdapterWords:
         """Puts a LoRA beside the transformer's weights, together with those that are there already.
 
         Args:
-            path: the file, of any dialect (docs/checkpoints.md), or the folder PEFT or diffusers wrote.
+            path: the file, of any dialect (docs/checkpoints.md), the folder PEFT or diffusers wrote, or on the Hub
+                "OWNER/NAME" or "OWNER/NAME/FILE".
             adapter_name: what `set_adapters` calls it; None takes the file's name.
             scale: its strength; 1 is what it was trained for.
             expert: of a model with two, "high" or "low" for a LoRA made for one of them; None for both.

@@ -50,7 +50,7 @@ SAFETENSORS_DTYPES = {
 def read_tensors(path: str | Path) -> dict[str, TensorInfo]:
     """Everything in a .safetensors, .gguf or .pth file, or a sharded set (its .safetensors.index.json).
 
-    Scaled 8-bit floats are one tensor with their scales (`scaled.join_scales`).
+    ComfyUI's quantized matrices are one tensor with their scales (`scaled.join_scales`).
 
     Only headers are read, and checked against the files' sizes: 10 GB take milliseconds and no memory.
 
@@ -62,9 +62,9 @@ def read_tensors(path: str | Path) -> dict[str, TensorInfo]:
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     if path.name.endswith(INDEX_SUFFIX):
-        return join_scales(path, _read_shards(path))
+        return join_scales(path, *_read_shards(path))
     if path.suffix == ".safetensors":
-        return join_scales(path, _read_safetensors(path))
+        return join_scales(path, *_read_safetensors(path))
     if path.suffix in PICKLE_SUFFIXES:
         return read_pth(path)
     if path.suffix == ".gguf":
@@ -74,7 +74,10 @@ def read_tensors(path: str | Path) -> dict[str, TensorInfo]:
 
 def read_metadata(path: str | Path) -> dict[str, str]:
     """The free-form strings in the header of a .safetensors file."""
-    metadata = _read_header(Path(path))[0].get("__metadata__", {})
+    return _strings(_read_header(Path(path))[0].get("__metadata__"))
+
+
+def _strings(metadata: Any) -> dict[str, str]:
     return {str(key): str(value) for key, value in metadata.items()} if isinstance(metadata, dict) else {}
 
 
@@ -98,16 +101,18 @@ def read_index(path: Path, *, must_exist: bool = True) -> dict[str, Path]:
     return {name: path.parent / file for name, file in shards.items()}
 
 
-def _read_shards(path: Path) -> dict[str, TensorInfo]:
+def _read_shards(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     index = read_index(path)
     tensors: dict[str, TensorInfo] = {}
+    metadata: dict[str, str] = {}
     for shard in sorted(set(index.values())):
-        found = _read_safetensors(shard)
+        found, said = _read_safetensors(shard)
         listed = {name for name, file in index.items() if file == shard}
         if wrong := sorted(listed ^ found.keys()):
             raise CheckpointError(f"{shard}: {path.name} lists other tensors, {wrong[0]} is one of {len(wrong)}")
         tensors.update(found)
-    return tensors
+        metadata.update(said)
+    return tensors, metadata
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], int]:
@@ -132,9 +137,10 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
     return header, 8 + length
 
 
-def _read_safetensors(path: Path) -> dict[str, TensorInfo]:
+def _read_safetensors(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """The tensors of a file, and the strings in its header."""
     header, start = _read_header(path)
-    header.pop("__metadata__", None)
+    metadata = _strings(header.pop("__metadata__", None))
     tensors: dict[str, TensorInfo] = {}
     spans: list[tuple[int, int]] = []
     for name, entry in header.items():
@@ -147,7 +153,7 @@ def _read_safetensors(path: Path) -> dict[str, TensorInfo]:
         spans.append((begin, end))
         tensors[name] = mapped_tensor(name, shape, dtype, path, start + begin)
     _check_cover(path, start, spans)
-    return tensors
+    return tensors, metadata
 
 
 def _parse_entry(path: Path, name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:

@@ -1,7 +1,7 @@
 """The tensors of a checkpoint as our modules take them: renamed, turned, of the right type, and complete."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import mlx.core as mx
@@ -22,6 +22,7 @@ from mlx_wan.weights.quantize import quantize_module
 from mlx_wan.weights.tensors import DTYPES, ByRows, TensorInfo, dtype_name
 
 SHOWN = 4  # tensors listed of each kind in an error
+PIECE = 1 << 27  # values unpacked at a time
 
 
 def make_vae(checkpoint: Checkpoint) -> WanVAE:
@@ -100,8 +101,6 @@ def _check(part: Component, component: str, parameters: Mapping[str, mx.array], 
 def _loadable(info: TensorInfo, parameter: mx.array) -> bool:
     """Floats for floats (those this package can read), packed integers for packed integers."""
     stored = DTYPES[info.dtype][2]
-    if stored is None:
-        return False
     if mx.issubdtype(parameter.dtype, mx.floating):
         return mx.issubdtype(stored, mx.floating)
     return stored == parameter.dtype
@@ -109,7 +108,6 @@ def _loadable(info: TensorInfo, parameter: mx.array) -> bool:
 
 def _target(component: str, name: str, info: TensorInfo, dtype: mx.Dtype | None) -> mx.Dtype:
     stored = DTYPES[info.dtype][2]
-    assert stored is not None  # _check has seen to it
     return parameter_dtype(component, name, mx.bfloat16 if info.packed and dtype is None else stored, dtype)
 
 
@@ -130,6 +128,8 @@ def _fitted(info: TensorInfo, name: str, way: str, shape: tuple[int, ...], dtype
     load = info.load
 
     def fitted() -> mx.array:
+        if way == KEEP and count > PIECE and info.packed and isinstance(load, ByRows):
+            return _in_pieces(rows, shape, dtype)
         return turn(load(), way, shape).astype(dtype)
 
     def rows(start: int, stop: int) -> mx.array:
@@ -137,3 +137,14 @@ def _fitted(info: TensorInfo, name: str, way: str, shape: tuple[int, ...], dtype
 
     read = ByRows(fitted, rows) if way == KEEP else fitted  # a turned tensor's rows are not the file's
     return replace(info, name=name, shape=shape, dtype=type_name, nbytes=count * size, load=read, packed="")
+
+
+def _in_pieces(rows: Callable[[int, int], mx.array], shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
+    """A tensor so large that all of it in float32 is not to be in memory at once: UMT5's embeddings take 4.2 GB."""
+    step = max(1, PIECE // math.prod(shape[1:]))
+    whole = mx.zeros(shape, dtype)
+    for start in range(0, shape[0], step):
+        stop = min(start + step, shape[0])
+        whole[start:stop] = rows(start, stop)
+        mx.eval(whole)
+    return whole

@@ -8,6 +8,7 @@ in the block with the packed values.
 import math
 import struct
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,16 +16,18 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_wan.errors import CheckpointError
-from mlx_wan.weights.tensors import LFS_HINT, LFS_POINTER, TensorInfo, mapped_tensor
+from mlx_wan.weights import spiece
+from mlx_wan.weights.tensors import LFS_HINT, LFS_POINTER, ByRows, TensorInfo, mapped_tensor
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
-ARCHITECTURE = "wan"
+TRANSFORMER, TEXT_ENCODER = "wan", "t5encoder"  # architectures
 MAX_HEADER_BYTES = 100 << 20
 MAX_ENTRIES = 1_000_000  # of metadata, of one array in it, and of tensors
 MAX_DIMENSIONS = 8
 CHUNK_BLOCKS = 1 << 16  # blocks dequantized at a time
 SHAPE_KEY = "comfy.gguf.orig_shape."  # metadata that keeps the shape of a tensor stored flat
+TOKENS, CHARSMAP = "tokenizer.ggml.tokens", "tokenizer.ggml.precompiled_charsmap"
 
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
@@ -176,7 +179,9 @@ PACKED = {
 
 
 def read_gguf(path: str | Path) -> dict[str, TensorInfo]:
-    """The tensors of a GGUF file whose architecture is "wan" or not said, in file order.
+    """The tensors of a GGUF file whose architecture is "wan", "t5encoder" or not said, in file order.
+
+    The tokenizer of a text encoder is one of them, as in ComfyUI's files (`spiece.TENSOR`).
 
     Raises:
         CheckpointError: truncated, damaged, of another architecture, or with a type that has no name here.
@@ -240,9 +245,11 @@ def _tensors(path: Path, size: int, reader: _Reader) -> dict[str, TensorInfo]:
         raise CheckpointError(f"is GGUF of version {version}, not one of {VERSIONS}")
     num_tensors, num_keys = reader.count("tensors"), reader.count("entries of metadata")
     metadata = {reader.text(): reader.value(reader.number("I")) for _ in range(num_keys)}
-    architecture = metadata.get("general.architecture", ARCHITECTURE)
-    if architecture != ARCHITECTURE:
-        raise CheckpointError(f"is a GGUF model of the architecture {architecture!r}, not {ARCHITECTURE!r}")
+    architecture = metadata.get("general.architecture", TRANSFORMER)
+    if architecture not in (TRANSFORMER, TEXT_ENCODER):
+        raise CheckpointError(
+            f"is a GGUF model of the architecture {architecture!r}, not {TRANSFORMER!r} or {TEXT_ENCODER!r}"
+        )
     alignment = metadata.get("general.alignment", 32)
     if type(alignment) is not int or alignment <= 0 or alignment > 1 << 20:
         raise CheckpointError(f"has the alignment {alignment!r}; its header is damaged")
@@ -253,7 +260,25 @@ def _tensors(path: Path, size: int, reader: _Reader) -> dict[str, TensorInfo]:
         if name in tensors:
             raise CheckpointError(f"holds the tensor {name} twice")
         tensors[name] = _info(path, size, name, _own_shape(name, shape, metadata), kind, start + offset)
+    if architecture == TEXT_ENCODER and spiece.TENSOR not in tensors and TOKENS in metadata:
+        tensors[spiece.TENSOR] = _tokenizer(path, metadata)
     return tensors
+
+
+def _tokenizer(path: Path, metadata: dict[str, Any]) -> TensorInfo:
+    tokens, scores, kinds, charsmap = (
+        metadata.get(key, []) for key in (TOKENS, "tokenizer.ggml.scores", "tokenizer.ggml.token_type", CHARSMAP)
+    )
+    if not all(isinstance(some, list) for some in (tokens, scores, kinds, charsmap)) or not (
+        len(tokens) == len(scores) == len(kinds)
+        and all(isinstance(token, str) for token in tokens)
+        and all(isinstance(number, int | float) for number in (*scores, *kinds, *charsmap))
+    ):
+        raise CheckpointError("has a damaged tokenizer; download it again")
+    model = spiece.model(zip(tokens, scores, map(int, kinds), strict=True), bytes(int(n) & 255 for n in charsmap))
+    return TensorInfo(
+        spiece.TENSOR, (len(model),), "uint8", len(model), path, lambda: mx.array(np.frombuffer(model, np.uint8))
+    )
 
 
 def _record(reader: _Reader) -> tuple[str, tuple[int, ...], int, int]:
@@ -299,18 +324,25 @@ def _packed(path: Path, name: str, shape: tuple[int, ...], packing: Packing, at:
         raise CheckpointError(f"has {name:.80} {shape} in blocks of {packing.values}, which do not divide it")
     blocks = count // packing.values
 
-    def load() -> mx.array:
+    def values(first: int, last: int, shape: tuple[int, ...]) -> mx.array:
+        """Of some blocks."""
         if packing.unpack is None:
             raise CheckpointError(f"{path}: tensor {name} is {packing.name}, which is not supported; use a Q4_K file")
-        out = np.empty((blocks, packing.values), np.float32)
+        out = np.empty((last - first, packing.values), np.float32)
         if blocks:
             try:
                 stored = np.memmap(path, np.uint8, "r", at, (blocks, packing.nbytes))
             except (OSError, ValueError) as error:
                 raise CheckpointError(f"{path}: cannot read tensor {name}: {error}") from error
             with np.errstate(invalid="ignore"):  # scales that are not finite: the run will find the NaN
-                for i in range(0, blocks, CHUNK_BLOCKS):
-                    out[i : i + CHUNK_BLOCKS] = packing.unpack(np.asarray(stored[i : i + CHUNK_BLOCKS]))
+                for i in range(first, last, CHUNK_BLOCKS):
+                    chunk = np.asarray(stored[i : min(i + CHUNK_BLOCKS, last)])
+                    out[i - first : i - first + len(chunk)] = packing.unpack(chunk)
         return mx.array(out.reshape(shape))
 
-    return TensorInfo(name, shape, "float32", blocks * packing.nbytes, path, load, packing.name)
+    def rows(start: int, stop: int) -> mx.array:
+        return values(start * row, stop * row, (stop - start, *shape[1:]))
+
+    load, row = partial(values, 0, blocks, shape), blocks // shape[0] if shape and shape[0] else 0
+    read = ByRows(load, rows) if row and blocks == row * shape[0] else load  # a block may begin within a row
+    return TensorInfo(name, shape, "float32", blocks * packing.nbytes, path, read, packing.name)

@@ -1,4 +1,4 @@
-"""A repository of the Hugging Face Hub -> its folder in the local cache, with the files a model needs and no others.
+"""A repository of the Hugging Face Hub -> its folder in the local cache, with the files that are needed and no others.
 
 huggingface_hub finds the files and keeps the cache. The large ones are fetched here: it (2.4) begins a file anew when
 its process has ended, and compares sizes alone.
@@ -8,8 +8,10 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 from urllib.parse import urlparse
@@ -17,9 +19,14 @@ from urllib.parse import urlparse
 from mlx_wan.errors import CheckpointError, UserError, WanError
 from mlx_wan.weights.checkpoint import Layout, layout_for
 from mlx_wan.weights.diffusers import INDEX
-from mlx_wan.weights.files import INDEX_SUFFIX, read_index
+from mlx_wan.weights.files import INDEX_SUFFIX, TENSOR_SUFFIXES, read_index
 
 SMALL = ("config.json", INDEX, "*/config.json", f"*{INDEX_SUFFIX}")  # what tells which files there must be
+OF_A_FILE = (".gitattributes", f"*{INDEX_SUFFIX}")  # the same; the first, which every repository has, makes its folder
+FILE_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:/(.+))?")  # OWNER/NAME, OWNER/NAME/PATH
+SHARD = re.compile(r"-\d+-of-\d+\.\w+$")
+LORA_CONFIG = "adapter_config.json"  # PEFT's, without which its file is only half
+SHOWN = 8  # names listed in an error
 
 
 class Remote(NamedTuple):
@@ -44,24 +51,115 @@ def download(hub_id: str, check: Callable[[Path], Any]) -> Path:
         UserError: no such repository, no connection, no room.
         CheckpointError: no model in it, or a file that arrived damaged.
     """
-    import huggingface_hub  # slow to import, and only needed here
 
-    try:
-        folder = Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=list(SMALL)))
-        files = _listing(hub_id, folder.name)
-        if files is None:  # no connection: the folder is as it is
-            return folder
+    def wanted(files: Collection[str], folder: Path) -> list[str]:
         layout = layout_for(files, _config(folder))
         if layout is None:
             raise CheckpointError(
-                f"{hub_id}: holds no model in a layout that loads from the Hub; download its files and give them one "
-                "by one (--transformer, --text_encoder, --vae)"
+                f"{hub_id}: holds no model in a layout that loads as a whole; give its files one by one, such as "
+                f"--transformer {hub_id}/{next(iter(_candidates(files)), 'FILE')}"
             )
         check(folder)
-        wanted = [files[name] for name in needed(layout, files, folder)]
-        _fetch_large(hub_id, folder, wanted)
-        names = [file.name for file in wanted]
-        folder = Path(huggingface_hub.snapshot_download(hub_id, revision=folder.name, allow_patterns=[*SMALL, *names]))
+        return needed(layout, files, folder)
+
+    return _provided(hub_id, SMALL, wanted, hub_id)
+
+
+def is_hub_file(where: str | Path) -> bool:
+    """Whether this names a file or a repository on the Hub: it may be an id, and nothing here is called so.
+
+    "loras/style.safetensors" is none: no repository has such a name, but many a file that is not there. Nor is what
+    would be in a folder that is here.
+    """
+    match, path = FILE_ID.fullmatch(str(where)), Path(where)
+    if match is None or path.exists() or path.parent.is_dir():
+        return False
+    return match[2] is not None or not match[1].endswith(TENSOR_SUFFIXES)
+
+
+def file_name(where: str | Path) -> str:
+    """What a file is called, without where it is on this machine: its name, or all of what names it on the Hub."""
+    return str(where) if is_hub_file(where) else Path(where).name
+
+
+def local_file(where: str | Path, usual: tuple[str, ...] = ()) -> Path:
+    """The path of a file: itself, or of one on the Hub ("OWNER/NAME/PATH") that of the copy in the local cache.
+
+    What is in the cache is not asked for again. Of "OWNER/NAME", or a folder in it, the file is meant that has one of
+    the `usual` names, else the only file of tensors.
+
+    Raises:
+        UserError: no such file on the Hub, several that may be meant, no connection, no room.
+        CheckpointError: the file arrived damaged.
+    """
+    return _downloaded(str(where), usual) if is_hub_file(where) else Path(where).expanduser()
+
+
+@cache  # a command looks at a file several times, and asks once
+def _downloaded(where: str, usual: tuple[str, ...]) -> Path:
+    match = FILE_ID.fullmatch(where)
+    assert match is not None
+    hub_id, path = match[1], match[2] or ""
+    chosen: list[str] = []
+
+    def wanted(files: Collection[str], folder: Path) -> list[str]:
+        file = _choice(hub_id, path.rstrip("/"), files, usual)
+        chosen.append(file)
+        beside = [*_shards(file, folder), str(PurePosixPath(file).with_name(LORA_CONFIG))]
+        return [file, *(name for name in beside if name in files)]
+
+    folder = _provided(hub_id, OF_A_FILE, wanted, where)
+    if not chosen:  # the Hub cannot be asked
+        there = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
+        try:
+            chosen.append(_choice(hub_id, path.rstrip("/"), there, usual))
+        except UserError as error:
+            raise UserError(f"{where}: is not in the cache, and the Hugging Face Hub cannot be asked") from error
+    return folder / chosen[0]
+
+
+def _choice(hub_id: str, path: str, files: Collection[str], usual: tuple[str, ...]) -> str:
+    """The one of a repository's files that is meant by a path in it, which may be a folder's."""
+    if path in files:
+        return path
+    inside = [name for name in files if not path or name.startswith(f"{path}/")]
+    for name in usual:
+        if (direct := f"{path}/{name}" if path else name) in inside:
+            return direct
+    found = _candidates(inside)
+    if len(found) == 1:
+        return found[0]
+    names = found or _candidates(files)
+    more = f", and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    listed = f"{', '.join(names[:SHOWN])}{more}" if names else "no file of tensors"
+    lacking = f"has no {path}, but" if path else "has"
+    raise UserError(f"{hub_id}: {f'say which file, as {hub_id}/FILE: it has' if found else lacking} {listed}")
+
+
+def _candidates(files: Iterable[str]) -> list[str]:
+    """Whole files of tensors, and the indexes of those in pieces."""
+    return [f for f in sorted(files) if f.endswith((*TENSOR_SUFFIXES, INDEX_SUFFIX)) and not SHARD.search(f)]
+
+
+def _provided(
+    hub_id: str, small: tuple[str, ...], wanted: Callable[[Collection[str], Path], list[str]], where: str
+) -> Path:
+    """The folder of a repository in the cache, with the files that are `wanted`, whole.
+
+    wanted: told the names of all files, and the folder, where those that match `small` are. Without a connection it is
+    not asked, and the folder has what it has. where: what the user wrote, for messages.
+    """
+    import huggingface_hub  # slow to import, and only needed here
+
+    try:
+        folder = Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=list(small)))
+        files = _listing(hub_id, folder.name)
+        if files is None:
+            return folder
+        folder.mkdir(parents=True, exist_ok=True)  # nothing may have been in it
+        names = wanted(files, folder)
+        _fetch_large(hub_id, folder, [files[name] for name in names])
+        folder = Path(huggingface_hub.snapshot_download(hub_id, revision=folder.name, allow_patterns=[*small, *names]))
         _check_small(hub_id, folder, files.values())
         return folder
     except WanError:
@@ -69,8 +167,8 @@ def download(hub_id: str, check: Callable[[Path], Any]) -> Path:
     except Exception as error:  # which ones a lost connection raises depends on the HTTP client of this version
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"{hub_id}: no such folder here, and the Hugging Face Hub did not provide it ({reason}); "
-            "check the name and the connection and start again (what has arrived is kept), or give a folder"
+            f"{where}: not here, and the Hugging Face Hub did not provide it ({reason}); "
+            "check the name and the connection and start again (what has arrived is kept), or give a file or folder"
         ) from error
 
 
@@ -84,11 +182,16 @@ def needed(layout: Layout, names: Iterable[str], folder: Path) -> list[str]:
         name = next((choice for choice in choices if choice in names), None)
         if name is None:
             continue
-        found.append(name)
-        if name.endswith(INDEX_SUFFIX):
-            shards = {file.name for file in read_index(folder / name, must_exist=False).values()}
-            found += sorted(str(PurePosixPath(name).with_name(shard)) for shard in shards)
+        found += [name, *_shards(name, folder)]
     return [name for name in dict.fromkeys(found) if name in names]
+
+
+def _shards(name: str, folder: Path) -> list[str]:
+    """Of an index the files it names; nothing of others."""
+    if not name.endswith(INDEX_SUFFIX):
+        return []
+    shards = {file.name for file in read_index(folder / name, must_exist=False).values()}
+    return sorted(str(PurePosixPath(name).with_name(shard)) for shard in shards)
 
 
 def _config(folder: Path) -> Mapping[str, Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_wan.errors import CheckpointError, UserError
+from mlx_wan.weights.bundle import sections
 from mlx_wan.weights.checkpoint import EMBEDDED, PARTS, SINGLE_FILES, Layout
 from mlx_wan.weights.files import INDEX_SUFFIX, TENSOR_SUFFIXES, read_index, read_metadata, read_tensors
 from mlx_wan.weights.identify import COMPONENTS, LABELS, Identity, identify
@@ -78,6 +79,8 @@ def _use(path: Path, layout: Layout | None, identities: list[Identity]) -> str |
         return None
     if path.is_dir():
         return f"mlx-wan generate --ckpt_dir {path}" if layout is not None else None
+    if len(identities) > 1:  # ComfyUI's checkpoint
+        return f"mlx-wan generate --ckpt_dir {path}" if _whole(identities) else None
     component = identities[0].component
     if component == "lora":
         return f"mlx-wan generate --lora {path} [STRENGTH]"
@@ -88,7 +91,7 @@ def _groups(path: Path, problems: list[str]) -> list[dict[str, TensorInfo]]:
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
     if not path.is_dir():
-        return [read_tensors(path)]
+        return [dict(part) for part in sections(read_tensors(path))]
     groups = _folder_groups(path, problems)
     if not groups and not problems:
         raise UserError(f"{path}: no tensor files in this folder ({', '.join(TENSOR_SUFFIXES)})")
@@ -112,7 +115,7 @@ def _folder_groups(folder: Path, problems: list[str]) -> list[dict[str, TensorIn
     for file in files:
         if file.suffix in TENSOR_SUFFIXES and file not in sharded:
             try:
-                groups.append(read_tensors(file))
+                groups += map(dict, sections(read_tensors(file)))
             except CheckpointError as error:
                 problems.append(str(error))
     return groups

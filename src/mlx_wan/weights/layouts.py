@@ -115,6 +115,21 @@ HF_TEXT_ENCODER = Dialect(
 # transformers' CLIPVisionModel and CLIPVisionModelWithProjection, which ComfyUI's files are too; from its version 5 on
 # the first has no prefix. Queries, keys and values are three matrices there, and the projection is turned:
 # `clip.image_half` makes them one and turns it back.
+GGUF_TEXT_ENCODER = Dialect(
+    "GGUF",
+    ("token_embd.weight", "enc.blk.0."),
+    (
+        ("token_embd.weight", "token_embedding.weight"),
+        ("enc.output_norm.weight", "norm.weight"),
+        ("enc.blk.N.attn_norm.weight", "blocks.N.norm1.weight"),
+        ("enc.blk.N.ffn_norm.weight", "blocks.N.norm2.weight"),
+        ("enc.blk.N.attn_rel_b.weight", "blocks.N.pos_embedding.embedding.weight"),
+        *((f"enc.blk.N.attn_{name}.weight", f"blocks.N.attn.{name}.weight") for name in "qkvo"),
+        ("enc.blk.N.ffn_gate.weight", "blocks.N.ffn.gate.0.weight"),
+        ("enc.blk.N.ffn_up.weight", "blocks.N.ffn.fc1.weight"),
+        ("enc.blk.N.ffn_down.weight", "blocks.N.ffn.fc2.weight"),
+    ),
+)
 HF_IMAGE_ENCODER = Dialect(
     "Hugging Face",
     ("vision_model.embeddings.", "embeddings.class_embedding", "encoder.layers.0.self_attn.q_proj."),
@@ -253,6 +268,7 @@ DIALECTS = (
     WAN22_MLX,
     DIFFUSERS_TRANSFORMER,
     HF_TEXT_ENCODER,
+    GGUF_TEXT_ENCODER,
     HF_IMAGE_ENCODER,
     DIFFUSERS_VAE,
     DIFFUSERS_VAE21,
@@ -260,8 +276,8 @@ DIALECTS = (
     MLX_VIDEO_TEXT_ENCODER,
     MLX_VIDEO_VAE,
 )
-# What ComfyUI and trainers put before every name, and CLIP before those of its image half.
-WRAPPERS = ("model.diffusion_model.", "diffusion_model.", "visual.")
+# What ComfyUI, its extensions and trainers put before every name, and CLIP before those of its image half.
+WRAPPERS = ("model.diffusion_model.", "diffusion_model.", "model.", "visual.")
 
 
 @cache

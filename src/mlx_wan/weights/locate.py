@@ -8,6 +8,7 @@ from typing import Any
 
 from mlx_wan.errors import CheckpointError, UserError
 from mlx_wan.weights import spiece
+from mlx_wan.weights.bundle import sections
 from mlx_wan.weights.checkpoint import (
     EMBEDDED,
     EXPERT_FOLDERS,
@@ -38,14 +39,15 @@ from mlx_wan.weights.dimensions import (
 )
 from mlx_wan.weights.files import INDEX_SUFFIX, TENSOR_SUFFIXES, read_index, read_tensors
 from mlx_wan.weights.fit import component_tensors
-from mlx_wan.weights.hub import download
+from mlx_wan.weights.hub import download, local_file
 from mlx_wan.weights.identify import LABELS, identify
 from mlx_wan.weights.layouts import official_names
-from mlx_wan.weights.loose import NEEDED, by_content, find_tokenizer, has_parts, without
+from mlx_wan.weights.loose import NEEDED, by_content, components, find_tokenizer, has_parts, without
 from mlx_wan.weights.quantize import Quantization
 from mlx_wan.zoo import MODELS
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+USUAL = {"tokenizer": ("tokenizer.json",)}  # of a repository's files the one that is meant
 MODEL_TYPES = ("t2v", "ti2v", "i2v", "flf2v", "vace")  # of the transformers that run, in config.json
 
 
@@ -60,16 +62,18 @@ def locate(
     tokenizer: str | Path | None = None,
     task: str | None = None,
 ) -> Checkpoint:
-    """The checkpoint in a folder, of a Hub id ("Wan-AI/Wan2.2-TI2V-5B") or "tiny", the one in this package.
+    """The checkpoint in a folder, in one file of ComfyUI, of a Hub id ("Wan-AI/Wan2.2-TI2V-5B") or "tiny", this
+    package's own.
 
-    Single files take the place of the folder's own; with all that the model has given, `where` can be None. `task` is
-    one of `zoo.MODELS`, and needed only where files alone do not tell a model from an expert of another.
+    Single files take the place of the folder's own; with all that the model has given, `where` can be None. They may be
+    on the Hub, "OWNER/NAME/FILE", or "OWNER/NAME" of a repository with one file of tensors. `task` is one of
+    `zoo.MODELS`, and needed only where files alone do not tell a model from an expert of another.
 
     Reads headers alone, and finds all that can be wrong with them, so that nobody waits for gigabytes to be read
     first. A Hub id downloads what is not in the cache yet.
 
     Raises:
-        UserError: no such folder, or not a folder.
+        UserError: no such folder, or a file that is not a whole model.
         CheckpointError: files are missing, damaged, of another model or contradict config.json; tensors are
             missing, unexpected, misshapen or of a type that cannot be loaded.
     """
@@ -81,7 +85,7 @@ def locate(
         "vae": vae,
         "tokenizer": tokenizer,
     }
-    files = {part: Path(path).expanduser() for part, path in given.items() if path is not None}
+    files = {part: local_file(path, USUAL.get(part, ())) for part, path in given.items() if path is not None}
     for part, path in files.items():
         if not path.is_file():
             raise UserError(f"{path}: no such file (given as the {LABELS.get(part, part)})")
@@ -97,8 +101,13 @@ def locate(
     if folder.is_dir():
         return _read_parts(folder, files, task)
     if folder.is_file():
+        if len(parts := components(folder)) > 1:
+            return _read_parts(folder.parent, dict.fromkeys(parts, folder) | files, task)
         identity = identify({name: info.shape for name, info in read_tensors(folder).items()})
         hint = "give it to --lora" if identity.component == "lora" else "give the folder of a whole checkpoint"
+        if identity.component in NEEDED:
+            others = " and ".join(f"--{part} FILE" for part in NEEDED if part != identity.component)
+            hint += f", or --{identity.component} {folder.name} with a folder for the rest, or with {others}"
         raise UserError(f"{folder}: is a single file ({identity.model}); {hint}")
     if HUB_ID.fullmatch(str(where)):
         return _read_parts(download(str(where), _check_configs), files, task)
@@ -284,7 +293,7 @@ def _check_not_half(parts: Mapping[str, Component], task: str | None) -> None:
     other = f", or say --task {whole[0]}" if whole else ""
     raise CheckpointError(
         f"{transformer.path}: is {transformer.identity.model}; give the low-noise expert too, "
-        f"with --transformer_2{other}"
+        f"with --transformer_2 (the same file, if it is for all noise){other}"
     )
 
 
@@ -321,8 +330,8 @@ def _native_extra(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _read_component(path: Path, part: str, layout: Layout) -> Component:
     component = "transformer" if part == "transformer_2" else part
-    tensors = read_tensors(path)
-    identity = identify({name: info.shape for name, info in tensors.items()})
+    found = [(identify({name: info.shape for name, info in own.items()}), own) for own in sections(read_tensors(path))]
+    identity, tensors = next((pair for pair in found if pair[0].component == component), found[0])
     if identity.component == "unknown":
         raise CheckpointError(f"{path}: holds no {LABELS[component]} of a Wan model")
     other_vae = component == "vae" and layout.vae not in (None, identity.family)

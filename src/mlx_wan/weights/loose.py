@@ -10,6 +10,7 @@ import numpy as np
 
 from mlx_wan.errors import CheckpointError
 from mlx_wan.weights import spiece
+from mlx_wan.weights.bundle import sections
 from mlx_wan.weights.checkpoint import UMT5_TOKENIZER, Component
 from mlx_wan.weights.files import INDEX_SUFFIX, TENSOR_SUFFIXES, read_index, read_tensors
 from mlx_wan.weights.identify import LABELS, identify
@@ -30,9 +31,9 @@ def by_content(folder: Path, given: Collection[str]) -> dict[str, Path]:
     """
     found: dict[str, list[Path]] = {part: [] for part in (*NEEDED, "image_encoder") if part not in given}
     for file in tensor_files(folder):
-        identity = identify({name: info.shape for name, info in read_tensors(file).items()})
-        if identity.component in found:
-            found[identity.component].append(file)
+        for component in components(file):
+            if component in found:
+                found[component].append(file)
     if "transformer" in found and (pair := _experts(folder, found["transformer"])):
         found |= pair
     for part, files in found.items():
@@ -56,9 +57,15 @@ def has_parts(folder: Path) -> bool:
     """Whether some tensor file under the folder, whatever its name, is a part that every model has."""
     for file in tensor_files(folder):
         with contextlib.suppress(CheckpointError):
-            if identify({n: i.shape for n, i in read_tensors(file).items()}).component in NEEDED:
+            if set(components(file)) & set(NEEDED):
                 return True
     return False
+
+
+def components(file: Path) -> list[str]:
+    """What a file holds: kinds of parts, more than one in ComfyUI's checkpoints, or what else it is."""
+    found = [identify({name: info.shape for name, info in part.items()}) for part in sections(read_tensors(file))]
+    return [identity.component for identity in found]
 
 
 def tensor_files(folder: Path) -> list[Path]:

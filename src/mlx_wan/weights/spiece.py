@@ -1,11 +1,11 @@
 """A SentencePiece model, as ComfyUI's text encoder files carry it, to the tokenizer.json that this package reads.
 
-The model is a protobuf message; what a Unigram tokenizer needs of it are the pieces with their scores and the
-table of character replacements.
+GGUF files carry the parts of one, out of which `model` makes it again. It is a protobuf message; what a Unigram
+tokenizer needs of it are the pieces with their scores and the table of character replacements.
 """
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from mlx_wan.errors import CheckpointError
@@ -16,7 +16,7 @@ PIECES, TRAINER, NORMALIZER = 1, 2, 3
 PIECE, SCORE, KIND = 1, 2, 3
 MODEL_TYPE, BYTE_FALLBACK, CHARSMAP = 3, 35, 2
 UNIGRAM = 1
-UNKNOWN = 2  # kind of the piece for all that no other covers
+UNKNOWN, BYTE = 2, 6  # kinds: of the piece for all that no other covers, of one that is a byte
 SPECIAL = ("<pad>", "</s>", "<unk>")
 
 
@@ -33,6 +33,36 @@ def tokenizer_json(model: bytes) -> bytes:
         raise
     except Exception as error:  # damaged bytes can end anywhere; the Rust side raises plain Exception
         raise CheckpointError(f"holds a damaged tokenizer ({error}); get the file again") from error
+
+
+def model(pieces: Iterable[tuple[str, float, int]], charsmap: bytes) -> bytes:
+    """A Unigram model of these pieces (text, score, kind) and the table of character replacements."""
+    parts: list[bytes] = []
+    fallback = False
+    for piece, score, kind in pieces:
+        text = piece.encode()
+        own = _bytes(PIECE, text) + _key(SCORE, 5) + struct.pack("<f", score) + _key(KIND, 0) + _number(kind)
+        parts.append(_bytes(PIECES, own))
+        fallback = fallback or kind == BYTE
+    trainer = _key(MODEL_TYPE, 0) + _number(UNIGRAM) + _key(BYTE_FALLBACK, 0) + _number(int(fallback))
+    return b"".join([*parts, _bytes(TRAINER, trainer), _bytes(NORMALIZER, _bytes(CHARSMAP, charsmap))])
+
+
+def _key(field: int, wire: int) -> bytes:
+    return _number(field << 3 | wire)
+
+
+def _bytes(field: int, value: bytes) -> bytes:
+    return _key(field, 2) + _number(len(value)) + value
+
+
+def _number(value: int) -> bytes:
+    found = bytearray()
+    value &= (1 << 64) - 1
+    while value > 127:
+        found.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*found, value])
 
 
 def _read(model: bytes) -> tuple[list[tuple[str, float]], int, bytes, bool]:

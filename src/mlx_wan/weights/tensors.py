@@ -10,10 +10,9 @@ import numpy as np
 
 from mlx_wan.errors import CheckpointError
 
-# dtype name -> (bytes an element, NumPy type the bytes are read as or None, MLX type or None). NumPy has no
-# bfloat16, so its bits travel as uint16. MLX has float64 on the CPU alone: it becomes float32 on loading.
-# Types without a NumPy type are described, not loaded.
-DTYPES: dict[str, tuple[int, np.dtype | None, mx.Dtype | None]] = {
+# dtype name -> (bytes an element, NumPy type the bytes are read as, MLX type). NumPy has no bfloat16, so its bits
+# travel as uint16. MLX has float64 on the CPU alone: it becomes float32 on loading.
+DTYPES: dict[str, tuple[int, np.dtype, mx.Dtype]] = {
     "bool": (1, np.dtype(np.bool_), mx.bool_),
     "uint8": (1, np.dtype("<u1"), mx.uint8),
     "int8": (1, np.dtype("<i1"), mx.int8),
@@ -30,7 +29,7 @@ DTYPES: dict[str, tuple[int, np.dtype | None, mx.Dtype | None]] = {
     "complex64": (8, np.dtype("<c8"), mx.complex64),
     "float8_e4m3": (1, np.dtype("<u1"), mx.float32),
     "float8_e5m2": (1, np.dtype("<u1"), mx.float32),
-    "float8_e8m0": (1, None, None),
+    "float8_e8m0": (1, np.dtype("<u1"), mx.float32),
 }
 
 
@@ -42,10 +41,11 @@ def _e4m3(byte: int) -> float:
     return sign * (mantissa / 8 * 2.0**-6 if exponent == 0 else (1 + mantissa / 8) * 2.0 ** (exponent - 7))
 
 
-# The value of each byte. An e5m2 is the upper half of a float16.
+# The value of each byte. An e5m2 is the upper half of a float16, an e8m0 a power of two, its last byte NaN.
 FLOAT8 = {
     "float8_e4m3": np.array([_e4m3(byte) for byte in range(256)], np.float32),
     "float8_e5m2": (np.arange(256, dtype=np.uint16) << 8).view(np.float16).astype(np.float32),
+    "float8_e8m0": np.append(np.ldexp(np.float32(1), np.arange(255) - 127), np.float32(np.nan)),
 }
 
 LFS_POINTER = b"version https://git-lfs.github.com/"
@@ -138,10 +138,6 @@ def _read(
     name: str, shape: tuple[int, ...], dtype: str, file: Path, offset: int, strides: tuple[int, ...] | None
 ) -> mx.array:
     itemsize, numpy_dtype, mlx_dtype = DTYPES[dtype]
-    if numpy_dtype is None or mlx_dtype is None:
-        raise CheckpointError(
-            f"{file}: tensor {name} is stored as {dtype}, which cannot be loaded; use a bf16, fp16 or fp32 file"
-        )
     if math.prod(shape) == 0:
         return mx.zeros(shape, mlx_dtype)
     strides = row_major(shape) if strides is None else strides
