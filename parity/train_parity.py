@@ -11,6 +11,8 @@
     uv run parity/train_parity.py torch runs/parity                # diffusers' WanTransformer3DModel, torch's AdamW
     uv run python parity/train_parity.py compare runs/parity --plot docs/images/train_parity.png
     uv run python parity/train_parity.py judge runs/parity         # what clips of both show, of what they were told
+    uv run python parity/train_parity.py again runs/parity         # ours once more, from weights changed by 1e-7
+    uv run python parity/train_parity.py compare runs/parity --sides mlx again         # how far such runs part
 
 Both sides read the same initial weights and clips, and draw order, noise, timesteps, dropped captions and given first
 frames of a step from the same NumPy generator. The model has the dimensions of the embedded one and starts from its
@@ -201,7 +203,10 @@ def run_mlx(args):
 
     settings, data = read(args.folder)
     model = WanTransformer(build(TransformerConfig, settings["transformer"], "settings.json"), DTYPES[args.dtype])
-    weights = safetensors.numpy.load_file(args.folder / "initial.safetensors")
+    weights, side = safetensors.numpy.load_file(args.folder / "initial.safetensors"), args.command
+    if side == "again":
+        rng = np.random.default_rng(settings["seed"])
+        weights = {n: w + 1e-7 * w * rng.standard_normal(w.shape, dtype=np.float32) for n, w in weights.items()}
     weights["patch_embedding.weight"] = np.moveaxis(weights["patch_embedding.weight"], 1, -1)
     model.load_weights([(name, mx.array(array)) for name, array in weights.items()], strict=True)
 
@@ -230,11 +235,14 @@ def run_mlx(args):
         compile=args.compile,
         compile_update=args.compile_update,
     )
-    folder = args.folder / f"mlx-{args.dtype}"
+    folder = args.folder / f"{side}-{args.dtype}"
     if folder.exists():
         raise SystemExit(f"{folder} exists already; remove it first")
     trainer = Trainer(model, lambda m, b, key: (losses(m, b).mean(), {}), config, folder, FLOAT32_PARAMETERS)
-    log, held_out = Log(args.folder / f"mlx-{args.dtype}.jsonl"), [arrays(part) for part in validation(settings, data)]
+    log, held_out = (
+        Log(args.folder / f"{side}-{args.dtype}.jsonl"),
+        [arrays(part) for part in validation(settings, data)],
+    )
 
     def evaluate(model):
         return {"val_loss": float(np.mean(np.concatenate([np.array(losses(model, part)) for part in held_out])))}
@@ -245,7 +253,7 @@ def run_mlx(args):
     final = {name: np.array(array) for name, array in tree_flatten(trainer.model.parameters())}
     final["patch_embedding.weight"] = np.moveaxis(final["patch_embedding.weight"], -1, 1)
     final = {name: np.ascontiguousarray(array) for name, array in final.items()}
-    safetensors.numpy.save_file(final, args.folder / f"mlx-{args.dtype}.safetensors")
+    safetensors.numpy.save_file(final, args.folder / f"{side}-{args.dtype}.safetensors")
 
 
 # --- PyTorch ---------------------------------------------------------------------------------------------------------
@@ -364,20 +372,21 @@ def smooth(values, width=50):
 
 def compare(args):
     sides = {}
-    for side in ("mlx", "torch"):
+    for side in args.sides:
         rows = [json.loads(line) for line in (args.folder / f"{side}-{args.dtype}.jsonl").read_text().splitlines()]
         train = [row for row in rows if "loss" in row]
         curves = {name: np.array([row[name] for row in train]) for name in ("loss", "grad_norm", "clips_per_s")}
         curves["val"] = np.array([[row["step"], row["val_loss"]] for row in rows if "val_loss" in row])
         sides[side] = curves | {"peak": max(row["peak_gib"] for row in train)}
-    one, other = sides["mlx"], sides["torch"]
+    one, other = sides.values()
     raw = np.abs(one["loss"] / other["loss"] - 1)
-    mean = np.abs(smooth(one["loss"]) / smooth(other["loss"]) - 1)
     val = np.abs(one["val"][:, 1] / other["val"][:, 1] - 1)
     first = np.abs(one["loss"][:10] / other["loss"][:10] - 1).max()
-    print(f"{len(raw)} steps, {args.dtype}; relative difference of mlx and torch")
+    print(f"{len(raw)} steps, {args.dtype}; relative difference of {' and '.join(sides)}")
     print(f"loss of a step:            first ten {first:.1e}, median {np.median(raw):.1e}, largest {raw.max():.1e}")
-    print(f"loss, mean of 50 steps:    largest {mean.max():.1e}, last {mean[-1]:.1e}")
+    for width in (50, 200):
+        mean = np.abs(smooth(one["loss"], width) / smooth(other["loss"], width) - 1)
+        print(f"loss, mean of {width} steps:".ljust(27) + f"largest {mean.max():.1e}, last {mean[-1]:.1e}")
     print(f"validation loss:           largest {val.max():.1e}, last {val[-1]:.1e}")
     for side, curves in sides.items():
         speed = np.median(curves["clips_per_s"])
@@ -445,7 +454,8 @@ def judge(args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, dest="command")
-    sides = {"prepare": prepare, "mlx": run_mlx, "torch": run_torch, "compare": compare, "judge": judge}
+    sides = {"prepare": prepare, "mlx": run_mlx, "again": run_mlx, "torch": run_torch}
+    sides |= {"compare": compare, "judge": judge}
     for name, function in sides.items():
         command = commands.add_parser(name)
         command.add_argument("folder", type=Path)
@@ -460,11 +470,12 @@ def main():
             command.add_argument("--seed", type=int, default=0)
         else:
             command.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-        if name == "mlx":
+        if name in ("mlx", "again"):
             command.add_argument("--compile", action="store_true", help="the whole step; takes minutes on CUDA")
             command.add_argument("--compile-update", action="store_true", help="what follows the gradients")
         if name == "compare":
             command.add_argument("--plot", type=Path)
+            command.add_argument("--sides", nargs=2, choices=("mlx", "again", "torch"), default=("mlx", "torch"))
         if name == "judge":
             command.add_argument("--prompts", type=int, default=200)
             command.add_argument("--batch", type=int, help="clips that are made together")

@@ -31,11 +31,14 @@ def test_our_side_runs_on_what_was_prepared(parity, tmp_path, capsys):
     sizes = {"steps": 3, "batch": 2, "clips": 5, "val_clips": 2, "learning_rate": 1e-3, "seed": 0}
     parity.prepare(Namespace(folder=folder, schedule="cosine", **sizes))
     assert "5 clips of (3, 4, 4, 4)" in capsys.readouterr().out
-    parity.run_mlx(Namespace(folder=folder, dtype="float32", compile=False, compile_update=False))
+    for side in ("mlx", "again"):
+        parity.run_mlx(Namespace(command=side, folder=folder, dtype="float32", compile=False, compile_update=False))
     rows = [json.loads(line) for line in (folder / "mlx-float32.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 3]
     assert rows[-1]["val_loss"] != rows[0]["val_loss"]
-    assert (folder / "mlx-float32.safetensors").exists()
+    assert (folder / "mlx-float32.safetensors").read_bytes() != (folder / "again-float32.safetensors").read_bytes()
+    parity.compare(Namespace(folder=folder, dtype="float32", sides=("mlx", "again"), plot=None))
+    assert "3 steps, float32; relative difference of mlx and again" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine"])
