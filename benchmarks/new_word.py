@@ -93,7 +93,7 @@ def teach(args, pool: Executor | None) -> dict[str, dict[str, float]]:
         report[name] = {key: float(np.mean([verdict[key] for verdict in verdicts])) for key in RATES}
         print(f"{name:34}" + "  ".join(f"{key} {report[name][key]:6.1%}" for key in RATES), flush=True)
 
-    say("chestnut clips through the VAE", new[:16], through_vae)
+    say(f"{WORD} clips through the VAE", new[:16], through_vae)
     say("before, new word", new, generated)
     say("before, old words", old, generated)
     for way in args.ways:

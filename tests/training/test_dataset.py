@@ -38,6 +38,16 @@ def test_a_folder_with_captions_beside_the_clips(tmp_path):
     assert captions(tmp_path / "d", "valid") == {}
 
 
+@pytest.mark.parametrize("name", ["a.txt", "train.jsonl", "train.csv"])
+def test_a_mark_of_utf8_and_odd_line_ends_are_no_part_of_captions(tmp_path, name):
+    clips.write_video(tmp_path / "a.mp4")
+    caption = "one\u2028line" if name == "train.jsonl" else "one line"
+    texts = {"a.txt": caption + "\r\n", "train.csv": f"video,caption\r\na.mp4,{caption}\r\n"}
+    row = json.dumps({"video": "a.mp4", "caption": caption}, ensure_ascii=False) + "\r\n"
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + texts.get(name, row).encode())
+    assert captions(tmp_path) == {"a.mp4": ("video", caption)}
+
+
 def test_folders_for_training_and_validation(tmp_path):
     clips.write_folder(tmp_path / "one" / "train", 2)
     clips.write_folder(tmp_path / "one" / "valid", 1)

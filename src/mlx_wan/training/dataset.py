@@ -26,6 +26,7 @@ SPLITS = {"train": ("train",), "valid": ("valid", "validation")}  # and what the
 _MEDIA, _TEXT = ("video", "image"), ("caption", "prompt")
 MEDIA, TEXT = ("video", "image", "file_name", "mp4", "jpg", "png"), ("caption", "prompt", "text")
 METADATA = ("metadata.jsonl", "metadata.csv")
+_UTF8 = "utf-8-sig"  # Windows' editors begin a file with a mark that is no part of it
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,7 @@ def _read_folder(folder: Path, without: tuple[Path, ...] = ()) -> tuple[list[Sou
             skipped.append(Skipped(path, f"has no caption: {text.name} is missing"))
             continue
         try:
-            caption = text.read_text(encoding="utf-8").strip()
+            caption = text.read_text(encoding=_UTF8).strip()
         except (OSError, UnicodeDecodeError):
             skipped.append(Skipped(path, f"its caption {text.name} is not UTF-8 text"))
             continue
@@ -200,7 +201,8 @@ def _read_table(path: Path) -> tuple[list[Source], list[Skipped]]:
 
 
 def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    for line, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    # Not `splitlines`: it would part a caption at U+2028 and its like, which JSON leaves as they are.
+    for line, text in enumerate(path.read_text(encoding=_UTF8).split("\n"), start=1):
         if text.strip():
             try:
                 yield line, json.loads(text)
@@ -209,7 +211,7 @@ def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    with path.open(encoding=_UTF8, newline="") as file:
         reader = csv.DictReader(file)
         for row in reader:
             if None in row or None in row.values():
