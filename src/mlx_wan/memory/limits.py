@@ -28,9 +28,9 @@ def limits_for(device: str, info: Mapping[str, Any], usable: int, plan: Plan | N
     """The limits of a run, or of a process whose runs are not known yet.
 
     Metal: MLX's own memory limit is half as much again as what the system recommends, which swaps, and so is its cache.
-    Here the first is what a run may use, less what MLX goes beyond it in a tight plan. The second is as much as any stage works with, for more is never asked for
-    twice; the rest of the machine has a use for it. Wired is what the system recommends, which is the most that MLX
-    takes (older than macOS 15 it does nothing).
+    Here the first is what a run may use, less what MLX goes beyond it where the plan is tight. The second is as much as
+    any stage works with, for more is never asked for twice; the rest of the machine has a use for it. Wired is what the
+    system recommends, which is the most that MLX takes (older than macOS 15 it does nothing).
 
     Args:
         device: "CPU", "Metal" or "CUDA".
