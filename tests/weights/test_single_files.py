@@ -32,7 +32,7 @@ from mlx_wan.weights.spiece import tokenizer_json
 from mlx_wan.weights.tensors import FLOAT8, TensorInfo
 
 from . import checkpoints
-from .test_gguf import gguf, text
+from .test_gguf import gguf, string, text
 from .test_inspect import sparse
 
 SPIECE = (Path(__file__).parent / "fixtures" / "spiece.model").read_bytes()
@@ -271,6 +271,17 @@ def test_a_model_in_one_file_with_something_else(tmp_path):
     file = in_one_file(tmp_path / "all.safetensors", {"control.weight": np.zeros(2, np.float32)})
     with pytest.raises(CheckpointError, match=r"all\.safetensors: has control\.weight, which is of no part"):
         locate(file)
+
+
+def test_other_models_beside_it_are_passed_over(comfy):
+    (comfy / "flux-Q4_0.gguf").write_bytes(gguf(metadata=string("general.architecture", "flux"), keys=1))
+    (comfy / "vae" / "half.safetensors").write_bytes(b"\0" * 20)
+    assert locate(comfy).vae.path == comfy / "vae" / "wan2.2_vae.safetensors"
+    (comfy / "vae" / "wan2.2_vae.safetensors").unlink()
+    with pytest.raises(
+        CheckpointError, match=r"has no VAE; .* --vae FILE \(passed over: .*'flux'.*half\.safetensors: .*\)$"
+    ):
+        locate(comfy)
 
 
 def test_what_is_ambiguous_or_missing(comfy, tmp_path):
