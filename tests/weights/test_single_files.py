@@ -299,7 +299,7 @@ def test_what_is_ambiguous_or_missing(comfy, tmp_path):
     with pytest.raises(UserError, match="no checkpoint folder, and no text_encoder and no vae"):
         locate(transformer=next((comfy / "diffusion_models").iterdir()))
     lora = comfy / "loras" / "kohya.safetensors"
-    with pytest.raises(CheckpointError, match=r"is LoRA for .*, not the VAE of a Wan model"):
+    with pytest.raises(CheckpointError, match=r"is LoRA for .*, not the VAE of a Wan model; it goes to --lora$"):
         locate(comfy, vae=lora)
 
 

@@ -336,7 +336,9 @@ def _read_component(path: Path, part: str, layout: Layout) -> Component:
         raise CheckpointError(f"{path}: holds no {LABELS[component]} of a Wan model")
     other_vae = component == "vae" and layout.vae not in (None, identity.family)
     if identity.component != component or not identity.runs or other_vae:
-        raise CheckpointError(f"{path}: is {identity.model}, not the {LABELS[component]} of a {layout.model}")
+        flag = "lora" if identity.component == "lora" else identity.component if identity.runs else None
+        where = f"; it goes to --{flag}" if flag not in (component, None) else ""
+        raise CheckpointError(f"{path}: is {identity.model}, not the {LABELS[component]} of a {layout.model}{where}")
     if component == "image_encoder":
         return Component(path, image_half(path, tensors), identity)
     renamed = official_names(tensors)
