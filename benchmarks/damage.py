@@ -33,7 +33,8 @@ from mlx_wan.weights.clip import image_half
 from mlx_wan.weights.diffusers import read_configs
 from mlx_wan.weights.files import read_tensors
 from mlx_wan.weights.locate import locate
-from mlx_wan.weights.spiece import tokenizer_json
+from mlx_wan.weights.loose import find_tokenizer
+from mlx_wan.weights.spiece import TENSOR, tokenizer_json
 
 TESTS = Path(__file__).resolve().parent.parent / "tests"
 sys.path.insert(0, str(TESTS))
@@ -48,6 +49,12 @@ HEADER = 2500  # bytes at the start that half of the damage hits
 
 def read_values(path: Path) -> None:
     mx.eval([info.load() for info in read_tensors(path).values()])
+
+
+def read_text_encoder(path: Path) -> None:
+    """One with a tokenizer in it, which is found after the tensors."""
+    read_values(path)
+    find_tokenizer(path.parent, {}, read_tensors(path).get(TENSOR))
 
 
 def read_adapter(path: Path) -> None:
@@ -180,7 +187,9 @@ READERS: dict[str, tuple[str, Callable[[], bytes], Callable[[Path], None]]] = {
     "tokenizer": (".json", _official(TOKENIZER), read_checkpoint(f"official/{TOKENIZER}")),
     "kept run": (".safetensors", _state, read_state),
     "gguf": (".gguf", (FIXTURES / "wan.gguf").read_bytes, read_values),
+    "gguf text encoder": (".gguf", (FIXTURES / "umt5.gguf").read_bytes, read_text_encoder),
     "scaled": (".safetensors", _scaled, read_values),
+    "comfy_quant": (".safetensors", (FIXTURES / "comfy_quant.safetensors").read_bytes, read_values),
     "lora": (".safetensors", (GOLDEN / "lora" / "diffusers.safetensors").read_bytes, read_adapter),
     "kohya": (".safetensors", (GOLDEN / "lora" / "kohya.safetensors").read_bytes, read_adapter),
     "lokr": (".safetensors", (GOLDEN / "lora" / "lokr.safetensors").read_bytes, read_adapter),

@@ -77,7 +77,7 @@ def planned(model: Dimensions, setting: Setting, pieces: int, device: str, memor
     leaving = {stage.name: stage for stage in plans(model, setting, device, memory)[1].stages}
     frames, size = _frames(model, setting, pieces), (setting.width, setting.height)
     weights = leaving["decode"].weights
-    room = memory - weights if device == "CUDA" else math.inf
+    room = math.inf if device == "CPU" else memory - weights
     encoding = image_work(model.vae, size, (frames - 1) * model.vae.stride[0] + 1, setting.dtype, device, room)
     return {
         "text": leaving["text"],

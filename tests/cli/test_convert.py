@@ -6,8 +6,11 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+import numpy as np
 import pytest
+from cases import GOLDEN
 from weights import checkpoints
 from weights.test_convert import square  # noqa: F401
 
@@ -29,6 +32,18 @@ def test_convert_says_where_and_how_much(src, tmp_path, capsys):
     assert re.fullmatch(r"0\.01 GB in \d+\.\d s", said[1])
     assert read_tensors(dst / "transformer.safetensors")["blocks.0.ffn.0.weight"].dtype == "bfloat16"
     assert locate(dst).spec.name == "custom"
+
+
+def test_single_files_in_place_of_the_folder_s_own(src, tmp_path):
+    file = Path(__file__).parent.parent / "weights" / "fixtures" / "umt5.gguf"
+    dst = tmp_path / "dst"
+    assert main(["convert", str(src), str(dst), "--text_encoder", str(file), "--dtype", "float32"]) == 0
+    got, want = locate(dst).text_encoder.tensors, locate(src, text_encoder=file).text_encoder.tensors
+    assert all(np.array_equal(np.array(got[name].load()), np.array(info.load())) for name, info in want.items())
+    lora = str(GOLDEN / "lora" / "kohya.safetensors")
+    fused = ["fuse", "--model", str(src), "--text_encoder", str(file), "--lora", lora, "--out", str(tmp_path / "f")]
+    assert main(fused) == 0
+    assert (tmp_path / "f" / "text_encoder.safetensors").stat().st_size < file.stat().st_size * 4
 
 
 @pytest.mark.parametrize("flag", [["-q", "8"], ["--bits", "8"]])

@@ -107,3 +107,13 @@ def test_quantization_is_shown(tmp_path, capsys):
     mx.save_safetensors(str(tmp_path / "m.safetensors"), weights, metadata)
     assert main(["inspect", str(tmp_path / "m.safetensors")]) == 0
     assert "quantization  4 bits, groups of 64, affine" in capsys.readouterr().out
+
+
+def test_quantization_of_others_is_shown_too(capsys):
+    assert main(["inspect", str(ROOT / "tests" / "weights" / "fixtures" / "umt5.gguf")]) == 0
+    assert "quantization  Q4_0; unpacked when loaded" in capsys.readouterr().out
+
+
+def test_a_folder_with_a_lora_says_its_flag(capsys):
+    assert main(["inspect", str(ROOT / "tests" / "golden" / "lora" / "peft")]) == 0
+    assert "to use it     mlx-wan generate --lora " in capsys.readouterr().out

@@ -22,6 +22,7 @@ PLAN = Plan((Stage("text", 4 * GIB, GIB // 8), Stage("denoise", 3 * GIB, 2 * GIB
         ("Metal", M1, 11 * GIB, PLAN, Limits(11 * GIB, 2 * GIB, 11 * GIB)),
         ("Metal", M1, 11 * GIB, None, Limits(11 * GIB, 11 * GIB // 4, 11 * GIB)),
         ("Metal", M1, 8 * GIB, None, Limits(8 * GIB, 2 * GIB, 8 * GIB)),
+        ("Metal", M1, 11 * GIB, Plan(PLAN.stages, True, 9 * GIB), Limits(9 * GIB, 2 * GIB, 11 * GIB)),
         ("Metal", M1, GIB, PLAN, Limits(GIB, GIB, GIB)),
         ("Metal", M1, 12 * GIB, None, Limits(12 * GIB, 3 * GIB, 11 * GIB)),  # MLX raises for more than is recommended
         ("Metal", {}, 8 * GIB, None, Limits(8 * GIB, 2 * GIB, 8 * GIB)),

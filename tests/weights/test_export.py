@@ -102,8 +102,19 @@ def test_an_image_encoder_keeps_its_projection_in_the_diffusers_layout(tmp_path)
     assert all(np.array_equal(np.array(info.load()), want[n]) for n, info in found.image_encoder.tensors.items())
 
 
-def test_what_cannot_be_written_back(tmp_path):
+def test_an_image_encoder_needs_its_text_half_to_go_back(tmp_path):
     src = checkpoint.write_official(tmp_path / "src", "small-i2v-14B")
-    with pytest.raises(UserError, match="has an image encoder, whose official file cannot be written again"):
-        convert(src, tmp_path / "out", to="official")
+    native = convert(src, tmp_path / "native")
+    with pytest.raises(
+        UserError, match=r"image_encoder\.safetensors: has no text half, .* --image_encoder models_clip"
+    ):
+        convert(native, tmp_path / "out", to="official")
     assert not (tmp_path / "out").exists()
+    file = next(src.glob("models_clip*"))
+    out = convert(native, tmp_path / "out", to="official", files={"image_encoder": file})
+    before, after = locate(src), locate(out)
+    assert (after.layout, after.spec) == (before.layout, before.spec)
+    for part, found in after.parts.items():
+        stored, want = read_tensors(found.path), read_tensors(before.parts[part].path)
+        assert stored.keys() == want.keys()
+        assert all(np.array_equal(np.array(info.load()), np.array(want[n].load())) for n, info in stored.items())

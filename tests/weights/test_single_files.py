@@ -32,7 +32,7 @@ from mlx_wan.weights.spiece import tokenizer_json
 from mlx_wan.weights.tensors import FLOAT8, TensorInfo
 
 from . import checkpoints
-from .test_gguf import gguf, text
+from .test_gguf import gguf, string, text
 from .test_inspect import sparse
 
 SPIECE = (Path(__file__).parent / "fixtures" / "spiece.model").read_bytes()
@@ -273,6 +273,17 @@ def test_a_model_in_one_file_with_something_else(tmp_path):
         locate(file)
 
 
+def test_other_models_beside_it_are_passed_over(comfy):
+    (comfy / "flux-Q4_0.gguf").write_bytes(gguf(metadata=string("general.architecture", "flux"), keys=1))
+    (comfy / "vae" / "half.safetensors").write_bytes(b"\0" * 20)
+    assert locate(comfy).vae.path == comfy / "vae" / "wan2.2_vae.safetensors"
+    (comfy / "vae" / "wan2.2_vae.safetensors").unlink()
+    with pytest.raises(
+        CheckpointError, match=r"has no VAE; .* --vae FILE \(passed over: .*'flux'.*half\.safetensors: .*\)$"
+    ):
+        locate(comfy)
+
+
 def test_what_is_ambiguous_or_missing(comfy, tmp_path):
     vae = comfy / "vae" / "wan2.2_vae.safetensors"
     shutil.copy(vae, comfy / "vae" / "other.safetensors")
@@ -288,7 +299,7 @@ def test_what_is_ambiguous_or_missing(comfy, tmp_path):
     with pytest.raises(UserError, match="no checkpoint folder, and no text_encoder and no vae"):
         locate(transformer=next((comfy / "diffusion_models").iterdir()))
     lora = comfy / "loras" / "kohya.safetensors"
-    with pytest.raises(CheckpointError, match=r"is LoRA for .*, not the VAE of a Wan model"):
+    with pytest.raises(CheckpointError, match=r"is LoRA for .*, not the VAE of a Wan model; it goes to --lora$"):
         locate(comfy, vae=lora)
 
 

@@ -7,12 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mlx_wan.cli.parts import add_part_flags, given_parts
+
 SUMMARY = "convert a checkpoint to the native layout, or back, without PyTorch"
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser = commands.add_parser("convert", help=SUMMARY, description=SUMMARY)
-    parser.add_argument("src", metavar="SRC", help="checkpoint folder, or Hub id")
+    parser.add_argument("src", metavar="SRC", help="checkpoint folder, ComfyUI's file, or Hub id")
     parser.add_argument("dst", metavar="DST", type=Path, help="folder to write")
     parser.add_argument(
         "--to",
@@ -20,6 +22,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         default="native",
         help="layout to write: this package's (default), Wan's own, or a Diffusers repository",
     )
+    add_part_flags(parser)
     add_storage_flags(parser)
     return parser
 
@@ -49,7 +52,7 @@ def add_storage_flags(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from mlx_wan.weights.convert import convert
 
-    write(args, args.src, lambda **options: convert(args.src, args.dst, to=args.to, **options))
+    write(args, args.src, lambda **options: convert(args.src, args.dst, to=args.to, files=given_parts(args), **options))
 
 
 def write(args: argparse.Namespace, source: str, work: Callable[..., Path]) -> None:

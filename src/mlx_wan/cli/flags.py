@@ -2,15 +2,14 @@
 
 import argparse
 
-from mlx_wan.cli import settings
 from mlx_wan.cli.fuse import add_lora_flags
+from mlx_wan.cli.parts import add_part_flags
 from mlx_wan.cli.ranks import add_sharing_flags
 from mlx_wan.formats import CODEC_NAMES
 from mlx_wan.prompting import LANGUAGES, METHODS
 from mlx_wan.zoo import MODELS
 
 TASKS = tuple(name for name, spec in MODELS.items() if spec.hub_id)
-FILES = settings.PARTS
 SOLVERS = ("unipc", "dpm++", "euler", "dmd")
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
@@ -68,9 +67,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--ckpt_dir", "--model", metavar="DIR", help="model folder or Hub id (default: the small embedded model)"
     )
-    for part in FILES:
-        what = f"a {part.replace('_', ' ')} in place of the folder's own: a file, or OWNER/NAME/FILE on the Hub"
-        model.add_argument(f"--{part}", metavar="FILE", help=what)
+    add_part_flags(model)
     model.add_argument("--dtype", choices=tuple(DTYPE_BYTES), help="of weights and products (default: by device)")
     add_lora_flags(model)
     model.add_argument("--fuse", action="store_true", help="add the LoRAs to the weights instead of beside them")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlx_wan.cli.convert import add_storage_flags, write
+from mlx_wan.cli.parts import add_part_flags, given_parts
 from mlx_wan.errors import UserError
 
 SUMMARY = "write a checkpoint with LoRAs merged into its weights"
@@ -15,6 +16,7 @@ SUMMARY = "write a checkpoint with LoRAs merged into its weights"
 def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser = commands.add_parser("fuse", help=SUMMARY, description=SUMMARY)
     parser.add_argument("--model", "--ckpt_dir", metavar="DIR", required=True, help="checkpoint folder, or Hub id")
+    add_part_flags(parser)
     add_lora_flags(parser)
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder to write, in the native layout")
     add_storage_flags(parser)
@@ -73,7 +75,8 @@ def run(args: argparse.Namespace) -> None:
     loras = parse_loras(args)
     if not loras:
         raise UserError("the following arguments are required: --lora")
-    write(args, args.model, lambda **options: fuse(args.model, args.out, loras, note=note, **options))
+    files = given_parts(args)
+    write(args, args.model, lambda **options: fuse(args.model, args.out, loras, note=note, files=files, **options))
 
 
 def note(text: str) -> None:

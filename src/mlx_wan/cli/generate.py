@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_wan import backend
 from mlx_wan.cli import longer, report, request, resume, settings, sources
-from mlx_wan.cli.flags import FILES, add_flags
+from mlx_wan.cli.flags import add_flags
 from mlx_wan.cli.fuse import parse_loras
+from mlx_wan.cli.parts import given_parts
 from mlx_wan.cli.progress import JsonProgress, Progress
 from mlx_wan.cli.ranks import together
 from mlx_wan.cli.report import note as _note
@@ -121,8 +122,8 @@ def _jobs(args: argparse.Namespace, name: str, taken: set[Path]) -> list[Job]:
         check_output(wanted, args.codec)
     if args.preview is not None and args.crew.is_first and not Path(args.preview).is_dir():
         raise UserError(f"--preview {args.preview}: no such folder; create it first")
-    files = {part: getattr(args, part) for part in FILES}
-    alone = not args.ckpt_dir and not any(files.values())
+    files = given_parts(args)
+    alone = not args.ckpt_dir and not files
     checkpoint = locate("tiny" if alone else args.ckpt_dir, task=args.task, **files)
     request.check_task(args.task, checkpoint)
     image = longer.read(args, checkpoint, image)
@@ -173,9 +174,8 @@ class Pipelines:
 
     def get(self, args: argparse.Namespace, checkpoint: "Checkpoint") -> "WanPipeline":
         """The pipeline for these flags, with its weights unless memory is short."""
-        files = [getattr(args, part) for part in FILES]
-        key = (args.ckpt_dir, *files, args.task, args.dtype, args.keep_both_experts, args.low_memory, args.fuse)
-        key += (args.text_cache, *parse_loras(args))
+        key = (args.ckpt_dir, args.task, args.dtype, args.keep_both_experts, args.low_memory, args.fuse)
+        key += (args.text_cache, *given_parts(args).items(), *parse_loras(args))
         if self._pipe is None or key != self._key:
             self._pipe = None  # the old one leaves before the new one comes
             self._key, self._pipe = key, _load(args, checkpoint)

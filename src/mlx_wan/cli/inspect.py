@@ -48,7 +48,7 @@ def render(found: dict[str, Any]) -> str:
         ("model", found["model"]),
         ("layout", found["layout"] or "-"),
         ("to use it", found["use"] or "-"),
-        ("quantization", _quantization(found["quantization"])),
+        ("quantization", _quantization(found["quantization"], found["components"])),
     ]
     sections.append("\n".join(f"{name:<13} {value}" for name, value in facts))
     return "\n\n".join(sections)
@@ -66,9 +66,13 @@ def _shape(shape: Sequence[int]) -> str:
     return "×".join(map(str, shape)) or "scalar"
 
 
-def _quantization(how: dict[str, Any] | None) -> str:
+def _quantization(how: dict[str, Any] | None, components: dict[str, Any]) -> str:
+    from mlx_wan.weights.tensors import DTYPES
+
     if how is None:
-        return "none"
+        types = sorted({dtype for part in components.values() for dtype in part["dtypes"]})
+        packed = ", ".join(dtype for dtype in types if dtype not in DTYPES or dtype.startswith("float8"))
+        return f"{packed}; unpacked when loaded" if packed else "none"
     if not how:
         return "packed, in a way that the file does not tell"
     return f"{how.get('bits')} bits, groups of {how.get('group_size')}, {how.get('mode', 'affine')}"

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_wan import backend
 from mlx_wan.cli.flags import DTYPE_BYTES, TASKS
+from mlx_wan.cli.parts import add_part_flags, given_parts
 from mlx_wan.cli.request import parse_size
 from mlx_wan.errors import UserError
 
@@ -26,6 +27,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     """What run of which model is meant; `mlx-wan bench` takes the same."""
     parser.add_argument("--task", choices=TASKS, help="a released model, of which no file is needed")
     parser.add_argument("--ckpt_dir", "--model", metavar="DIR", help="a model folder (default: the embedded model)")
+    add_part_flags(parser)
     parser.add_argument("--size", metavar="W*H", help="width*height in pixels (default: the model's own)")
     parser.add_argument("--frame_num", "--num_frames", type=int, metavar="N", help="number of frames, 4n+1")
     parser.add_argument("--with_image", action="store_true", help="a first frame is given (TI2V; I2V has one always)")
@@ -71,9 +73,11 @@ def planned_model(args: argparse.Namespace) -> "Dimensions":
     from mlx_wan.weights.locate import locate
     from mlx_wan.weights.quantize import Quantization
 
-    if args.task and args.ckpt_dir:
+    files = given_parts(args)
+    if args.task and (args.ckpt_dir or files):
         raise UserError("--task is for a model without files; leave it or --ckpt_dir out")
-    model = Dimensions.of_release(args.task) if args.task else Dimensions.of_checkpoint(locate(args.ckpt_dir or "tiny"))
+    where = args.ckpt_dir or (None if files else "tiny")
+    model = Dimensions.of_release(args.task) if args.task else Dimensions.of_checkpoint(locate(where, **files))
     if args.bits is None:
         return model
     if model.quantization is not None:

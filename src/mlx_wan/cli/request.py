@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_wan import backend
 from mlx_wan.cli import sources
-from mlx_wan.cli.flags import DTYPE_BYTES, FILES, TASKS
+from mlx_wan.cli.flags import DTYPE_BYTES, TASKS
 from mlx_wan.cli.fuse import parse_loras
+from mlx_wan.cli.parts import PARTS
 from mlx_wan.cli.report import note
 from mlx_wan.errors import UserError
 from mlx_wan.zoo import MODELS
@@ -31,7 +32,7 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError("the following arguments are required: --prompt (see mlx-wan generate --help)")
     if args.save_every is not None and args.save_every < 1:
         raise UserError(f"--save_every {args.save_every}: must be at least 1")
-    for flag in ("image", "last_frame", "save_file", "ckpt_dir", "text_cache", *sources.FLAGS[:3], *FILES):
+    for flag in ("image", "last_frame", "save_file", "ckpt_dir", "text_cache", *sources.FLAGS[:3], *PARTS):
         if getattr(args, flag) == "":  # an unset variable of a script: no reason to do something else silently
             raise UserError(f"--{flag} is empty; give a name, or leave the flag out")
     if args.use_prompt_extend and args.crew.is_first:  # who asks, for all

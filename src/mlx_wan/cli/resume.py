@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_wan.cli import settings
 from mlx_wan.cli.fuse import parse_loras
+from mlx_wan.cli.parts import PARTS
 from mlx_wan.cli.report import note
 from mlx_wan.cli.sources import references
 from mlx_wan.errors import UserError, WanError
@@ -30,7 +31,7 @@ LONGEST = 60  # characters of a value in a message
 
 def record(args: argparse.Namespace, facts: dict[str, Any]) -> dict[str, Any]:
     """What is kept beside a point: the settings that the video will carry, and what is needed to find it all again."""
-    files = [(flag, getattr(args, flag)) for flag in (*settings.FILES.values(), *settings.PARTS, "ckpt_dir")]
+    files = [(flag, getattr(args, flag)) for flag in (*settings.FILES.values(), *PARTS, "ckpt_dir")]
     files += [("lora" if lora.expert is None else f"lora_{lora.expert}", lora.path) for lora in parse_loras(args)]
     files += [(settings.REFERENCES, file) for file in references(args)]
     there = [(flag, Path(file)) for flag, file in files if file and Path(file).exists()]

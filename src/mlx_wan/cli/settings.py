@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_wan import backend
 from mlx_wan.cli.fuse import parse_loras
+from mlx_wan.cli.parts import PARTS
 from mlx_wan.cli.report import note
 from mlx_wan.cli.sources import references
 from mlx_wan.errors import UserError
@@ -43,14 +44,6 @@ FILES = {
     "src_mask": "src_mask",
 }
 REFERENCES = "src_ref_images"  # several pictures: in the video and as a flag
-PARTS = (
-    "transformer",
-    "transformer_2",
-    "text_encoder",
-    "image_encoder",
-    "vae",
-    "tokenizer",
-)  # of a model, in place of the folder's own
 EXTENDED = ("given_prompt", "prompt_extend")  # of a prompt that a language model wrote
 
 

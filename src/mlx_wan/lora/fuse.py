@@ -174,7 +174,7 @@ def fuse(
     Args:
         loras: files, their strengths and, if for one of two experts alone, "high" or "low".
         note: told of keys that were left out, a line a file.
-        options: of `weights.convert.convert`: dtype, bits, group_size, overwrite, progress.
+        options: of `weights.convert.convert`: dtype, bits, group_size, overwrite, progress, files.
 
     Raises:
         as `convert` and `read_lora`.

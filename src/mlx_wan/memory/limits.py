@@ -28,9 +28,9 @@ def limits_for(device: str, info: Mapping[str, Any], usable: int, plan: Plan | N
     """The limits of a run, or of a process whose runs are not known yet.
 
     Metal: MLX's own memory limit is half as much again as what the system recommends, which swaps, and so is its cache.
-    Here the first is what a run may use. The second is as much as any stage works with, for more is never asked for
-    twice; the rest of the machine has a use for it. Wired is what the system recommends, which is the most that MLX
-    takes (older than macOS 15 it does nothing).
+    Here the first is what a run may use, less what MLX goes beyond it where the plan is tight. The second is as much as
+    any stage works with, for more is never asked for twice; the rest of the machine has a use for it. Wired is what the
+    system recommends, which is the most that MLX takes (older than macOS 15 it does nothing).
 
     Args:
         device: "CPU", "Metal" or "CUDA".
@@ -43,7 +43,8 @@ def limits_for(device: str, info: Mapping[str, Any], usable: int, plan: Plan | N
         return Limits()
     recommended = int(info.get("max_recommended_working_set_size", usable))
     cache = usable // 4 if plan is None else max(stage.work for stage in plan.stages)
-    return Limits(usable, min(cache, usable), min(usable, recommended))
+    memory = min(usable, plan.limit) if plan is not None and plan.limit > 0 else usable
+    return Limits(memory, min(cache, usable), min(usable, recommended))
 
 
 def limit_memory(plan: Plan | None = None) -> Limits:

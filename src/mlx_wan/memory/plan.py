@@ -30,6 +30,7 @@ from mlx_wan.zoo import LATENT_STATISTICS, MODELS, RELEASES, VACE_LAYERS, ModelS
 
 LAYERS = 3  # traced of each stack: blocks are alike, and MLX runs ahead by less than three
 HEAD_DIM = 128  # of every released transformer
+LOWERED = (1, 2, 4, 16, 64)  # by how many times what is too much a limit is brought down, until nothing is
 LATENTS_HELD = 6  # noise, latents, velocity, and three of UniPC's state
 
 
@@ -113,7 +114,7 @@ class Stage:
 class Plan:
     """The stages of a run in order; low_memory: whether parts leave memory when their work is done.
 
-    limit: on CUDA, the bytes from which on MLX waits instead of working ahead (mx.set_memory_limit).
+    limit: on a GPU, the bytes from which on MLX waits instead of working ahead (mx.set_memory_limit).
     """
 
     stages: tuple[Stage, ...]
@@ -133,7 +134,7 @@ def plans(model: Dimensions, setting: Setting, device: str, memory: int = 0) -> 
     """The plan that keeps every part in memory, and the one that lets go of each after its work.
 
     device: "CPU", "Metal" or "CUDA", whose order of things counts.
-    memory: bytes that may be used. On CUDA MLX takes more of it when there is more, to run ahead; with 0 this is what
+    memory: bytes that may be used. On a GPU MLX takes more of it when there is more, to run ahead; with 0 this is what
         a run needs at least.
     """
     sizes = _weights(model, setting.dtype, device)
@@ -148,9 +149,9 @@ def plans(model: Dimensions, setting: Setting, device: str, memory: int = 0) -> 
     everything = sizes["text_encoder"] + sizes["image_encoder"] * bool(setting.pictures) + experts + sizes["vae"]
 
     def plan(held: dict[str, int], low_memory: bool) -> Plan:
-        room = {name: memory - weights if device == "CUDA" else math.inf for name, weights in held.items()}
+        room = {name: math.inf if device == "CPU" else memory - weights for name, weights in held.items()}
         work = _work(model, setting, device, room)
-        limit = memory if device == "CUDA" else 0
+        limit = 0 if device == "CPU" else memory
         return Plan(tuple(Stage(name, held[name], needed) for name, needed in work), low_memory, limit)
 
     return plan(dict.fromkeys(small, everything), False), plan(small, True)
@@ -175,8 +176,11 @@ def choose(model: Dimensions, setting: Setting, device: str, memory: int) -> Pla
 def limited(model: Dimensions, setting: Setting, device: str, memory: int, low_memory: bool) -> Plan:
     """A plan that fits, with the limit that makes it fit: MLX goes beyond one by the operation that it looks after."""
     plan = plans(model, setting, device, memory)[low_memory]
-    beyond = plan.peak - memory
-    return plan if beyond <= 0 or device != "CUDA" else plans(model, setting, device, memory - beyond)[low_memory]
+    for times in LOWERED:
+        if plan.peak <= memory or device == "CPU":
+            break
+        plan = plans(model, setting, device, plan.limit - times * (plan.peak - memory))[low_memory]
+    return plan
 
 
 def nearest(

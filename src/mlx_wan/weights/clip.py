@@ -11,6 +11,7 @@ from mlx_wan.weights.layouts import official_names
 from mlx_wan.weights.tensors import TensorInfo
 
 QKV = ("q", "k", "v")
+TEXT_HALF = ("textual.", "log_scale")  # what the official file has besides "visual."
 # 0, 1, 2, ...: older files of transformers have them.
 POSITION_IDS = ("vision_model.embeddings.position_ids", "embeddings.position_ids")
 
@@ -22,7 +23,7 @@ def image_half(path: Path, tensors: Mapping[str, TensorInfo]) -> dict[str, Tenso
         CheckpointError: the file has something besides CLIP's two halves, or lacks a part of a matrix.
     """
     own = {name: info for name, info in tensors.items() if name.startswith("visual.")}
-    rest = [name for name in tensors if not name.startswith(("visual.", "textual.")) and name != "log_scale"]
+    rest = [name for name in tensors if not name.startswith(("visual.", *TEXT_HALF))]
     if own and rest:
         raise CheckpointError(f"{path}: does not fit the image encoder: unexpected {rest[0]}")
     if own and "visual.head" not in own:

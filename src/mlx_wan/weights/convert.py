@@ -35,6 +35,7 @@ def convert(
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Callable[[int, int], None] | None = None,
+    files: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes the checkpoint `src` (anything `locate` takes) to the folder `dst`.
 
@@ -50,6 +51,7 @@ def convert(
         overwrite: whether a native model in `dst` may be replaced by another; other files there stay.
         max_shard_bytes: a component larger than this is split into several files with an index.
         progress: called with the bytes done and the bytes in all, before each tensor.
+        files: single files in place of `src`'s own, by the names `locate` has for them.
 
     Returns:
         `dst`.
@@ -64,7 +66,7 @@ def convert(
         raise UserError(f"cannot write the layout {to!r}; choose one of native, {', '.join(WRITERS)}")
     if to != "native" and how is not None:
         raise UserError(f"packed matrices have no place in the {to} layout; leave the bits out")
-    checkpoint = locate(src)
+    checkpoint = locate(src, **(files or {}))
     if checkpoint.quantization is not None:
         raise UserError(f"{checkpoint.folder}: is quantized already; convert the original")
     _check_destination(checkpoint.folder, dst, overwrite and to == "native")

@@ -10,9 +10,19 @@ import mlx.core as mx
 
 from mlx_wan.errors import UserError
 from mlx_wan.models.vae22 import VAEConfig
-from mlx_wan.weights.checkpoint import OFFICIAL, OFFICIAL_21, OFFICIAL_EXPERTS, Checkpoint, Layout, diffusers_layout
-from mlx_wan.weights.clip import separated
+from mlx_wan.weights.checkpoint import (
+    CLIP,
+    OFFICIAL,
+    OFFICIAL_21,
+    OFFICIAL_21_I2V,
+    OFFICIAL_EXPERTS,
+    Checkpoint,
+    Layout,
+    diffusers_layout,
+)
+from mlx_wan.weights.clip import TEXT_HALF, separated
 from mlx_wan.weights.diffusers import write_configs
+from mlx_wan.weights.files import read_tensors
 from mlx_wan.weights.layouts import (
     DIFFUSERS_TRANSFORMER,
     DIFFUSERS_VAE,
@@ -41,21 +51,26 @@ TOKENIZER_CONFIG = {
 
 
 def write_official(folder: Path, checkpoint: Checkpoint, parts: Parts, max_shard_bytes: int) -> None:
-    """The repository Wan's own code reads: .pth for text encoder and VAE too.
+    """The repository Wan's own code reads: .pth for text encoder, image encoder and VAE too.
 
-    Raises UserError for a model with an image encoder, whose file has a text half that this package does not keep.
+    Raises UserError for a model whose image encoder was read from a file without CLIP's text half, which the official
+    code wants and this package does not keep.
     """
-    if checkpoint.image_encoder is not None:
-        raise UserError(f"{checkpoint.spec.name}: has an image encoder, whose official file cannot be written again")
     if checkpoint.transformer_2 is not None:
         layout = OFFICIAL_EXPERTS
+    elif checkpoint.image_encoder is not None:
+        layout = OFFICIAL_21_I2V
     else:
         layout = OFFICIAL if checkpoint.vae.identity.family == OFFICIAL.vae else OFFICIAL_21
     files = _first_files(layout)
+    rest = [] if checkpoint.image_encoder is None else _text_half(checkpoint.image_encoder.path)
     for part in layout.configs:
         _write_shards(folder / files[part], parts[part], OFFICIAL_NAMES, max_shard_bytes)
     for part in ("text_encoder", "vae"):
         write_pth(folder / files[part], [torch_order(info, OFFICIAL_NAMES) for info in parts[part]])
+    if rest:
+        seeing = [torch_order(info, OFFICIAL_NAMES) for info in parts["image_encoder"]]
+        write_pth(folder / files["image_encoder"], [*rest, *(replace(i, name=f"visual.{i.name}") for i in seeing)])
     _write_tokenizer(folder / files["tokenizer"], checkpoint)
     known = vars(checkpoint.transformer_config)
     keys = (*CONFIG_KEYS, *(("vace_layers", "vace_in_dim") if checkpoint.transformer_config.vace_layers else ()))
@@ -63,6 +78,16 @@ def write_official(folder: Path, checkpoint: Checkpoint, parts: Parts, max_shard
     config = {"_class_name": name, **{key: known[key] for key in keys}}
     for name in layout.configs.values():
         write_json(folder / name, config)
+
+
+def _text_half(path: Path) -> list[TensorInfo]:
+    """What an official file of CLIP has besides the half that sees."""
+    rest = [info for name, info in read_tensors(path).items() if name.startswith(TEXT_HALF)]
+    if not rest:
+        raise UserError(
+            f"{path}: has no text half, which Wan's own code wants; give the official file, --image_encoder {CLIP}.pth"
+        )
+    return rest
 
 
 def write_diffusers(folder: Path, checkpoint: Checkpoint, parts: Parts, max_shard_bytes: int) -> None:

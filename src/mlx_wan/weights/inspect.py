@@ -78,7 +78,9 @@ def _use(path: Path, layout: Layout | None, identities: list[Identity]) -> str |
     if any(identity.component in COMPONENTS and not identity.runs for identity in identities):
         return None
     if path.is_dir():
-        return f"mlx-wan generate --ckpt_dir {path}" if layout is not None else None
+        adapter = len(identities) == 1 and identities[0].component == "lora"  # as PEFT and diffusers write them
+        flag = "lora" if adapter else "ckpt_dir"
+        return f"mlx-wan generate --{flag} {path}" if adapter or layout is not None else None
     if len(identities) > 1:  # ComfyUI's checkpoint
         return f"mlx-wan generate --ckpt_dir {path}" if _whole(identities) else None
     component = identities[0].component

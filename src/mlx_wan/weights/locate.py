@@ -39,7 +39,7 @@ from mlx_wan.weights.dimensions import (
 )
 from mlx_wan.weights.files import INDEX_SUFFIX, TENSOR_SUFFIXES, read_index, read_tensors
 from mlx_wan.weights.fit import component_tensors
-from mlx_wan.weights.hub import download, local_file
+from mlx_wan.weights.hub import download, is_hub_file, local_file
 from mlx_wan.weights.identify import LABELS, identify
 from mlx_wan.weights.layouts import official_names
 from mlx_wan.weights.loose import NEEDED, by_content, components, find_tokenizer, has_parts, without
@@ -65,8 +65,8 @@ def locate(
     """The checkpoint in a folder, in one file of ComfyUI, of a Hub id ("Wan-AI/Wan2.2-TI2V-5B") or "tiny", this
     package's own.
 
-    Single files take the place of the folder's own; with all that the model has given, `where` can be None. They may be
-    on the Hub, "OWNER/NAME/FILE", or "OWNER/NAME" of a repository with one file of tensors. `task` is one of
+    Single files take the place of the folder's own; with all that the model has given, `where` can be None. Files may
+    be on the Hub, "OWNER/NAME/FILE", or "OWNER/NAME" of a repository with one file of tensors. `task` is one of
     `zoo.MODELS`, and needed only where files alone do not tell a model from an expert of another.
 
     Reads headers alone, and finds all that can be wrong with them, so that nobody waits for gigabytes to be read
@@ -97,7 +97,7 @@ def locate(
         if not (EMBEDDED / "config.json").is_file():
             raise CheckpointError(f"{EMBEDDED}: the embedded model is missing; install mlx-wan again")
         return _read_parts(EMBEDDED, files, task)
-    folder = Path(where).expanduser()
+    folder = local_file(where) if is_hub_file(where) and not HUB_ID.fullmatch(str(where)) else Path(where).expanduser()
     if folder.is_dir():
         return _read_parts(folder, files, task)
     if folder.is_file():
@@ -336,7 +336,9 @@ def _read_component(path: Path, part: str, layout: Layout) -> Component:
         raise CheckpointError(f"{path}: holds no {LABELS[component]} of a Wan model")
     other_vae = component == "vae" and layout.vae not in (None, identity.family)
     if identity.component != component or not identity.runs or other_vae:
-        raise CheckpointError(f"{path}: is {identity.model}, not the {LABELS[component]} of a {layout.model}")
+        flag = "lora" if identity.component == "lora" else identity.component if identity.runs else None
+        where = f"; it goes to --{flag}" if flag not in (component, None) else ""
+        raise CheckpointError(f"{path}: is {identity.model}, not the {LABELS[component]} of a {layout.model}{where}")
     if component == "image_encoder":
         return Component(path, image_half(path, tensors), identity)
     renamed = official_names(tensors)

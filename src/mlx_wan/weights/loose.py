@@ -17,6 +17,7 @@ from mlx_wan.weights.identify import LABELS, identify
 from mlx_wan.weights.tensors import TensorInfo
 
 NEEDED = ("transformer", "text_encoder", "vae")  # the parts that every model has
+SHOWN = 2  # files that cannot be read, in a message
 NOISE = re.compile(r"(high|low)[ _-]?noise")  # wan2.2_t2v_high_noise_14B_fp16, Wan2.2-I2V-A14B-HighNoise-Q4_K_M
 TOKENIZERS = ("tokenizer.json", "tokenizer/tokenizer.json", UMT5_TOKENIZER)
 
@@ -24,14 +25,21 @@ TOKENIZERS = ("tokenizer.json", "tokenizer/tokenizer.json", UMT5_TOKENIZER)
 def by_content(folder: Path, given: Collection[str]) -> dict[str, Path]:
     """Transformer, text encoder and VAE among the tensor files in and under a folder, told by what they hold.
 
-    Two transformers are told apart by their paths, as far as those say which is of high and which of low noise.
+    Two transformers are told apart by their paths, as far as those say which is of high and which of low noise. Files
+    that cannot be read are passed over, since ComfyUI's folders hold other models too.
 
     Raises:
-        CheckpointError: there is not exactly one of each that is not `given`.
+        CheckpointError: there is not exactly one of each that is not `given`; it names the files that cannot be read.
     """
     found: dict[str, list[Path]] = {part: [] for part in (*NEEDED, "image_encoder") if part not in given}
+    unread = []
     for file in tensor_files(folder):
-        for component in components(file):
+        try:
+            kinds = components(file)
+        except CheckpointError as error:
+            unread.append(str(error))
+            continue
+        for component in kinds:
             if component in found:
                 found[component].append(file)
     if "transformer" in found and (pair := _experts(folder, found["transformer"])):
@@ -40,8 +48,9 @@ def by_content(folder: Path, given: Collection[str]) -> dict[str, Path]:
         if len(files) != 1 and (files or part in NEEDED):
             names = ", ".join(file.relative_to(folder).as_posix() for file in files[:4])
             what = f"several files with a {LABELS[part]} ({names})" if files else f"no {LABELS[part]}"
+            passed = f" (passed over: {'; '.join(unread[:SHOWN])})" if unread and not files else ""
             two = " and, for a model of two experts, --transformer_2 FILE" if part == "transformer" and files else ""
-            raise CheckpointError(f"{folder}: has {what}; say which with --{part} FILE{two}")
+            raise CheckpointError(f"{folder}: has {what}; say which with --{part} FILE{two}{passed}")
     return {part: files[0] for part, files in found.items() if files}
 
 
