@@ -6,7 +6,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_wan.memory.liveness import trace
-from mlx_wan.models import features, fused, layers, vae_passes
+from mlx_wan.models import fused, layers, vae_passes
 from mlx_wan.models.autoencoder import FeatureCache
 from mlx_wan.models.layers import Pace
 from mlx_wan.models.transformer import TransformerConfig, WanTransformer, rope_table
@@ -110,6 +110,17 @@ def test_works_ahead_by_half_a_block(monkeypatch):
     assert len(done) == 5
 
 
+def test_pace_is_kept_five_times_a_block_of_large_arrays(monkeypatch):
+    """Queries and keys; attention; the text's; the wide arrays of the feed-forward, which are the largest; the sum."""
+    kept = []
+    monkeypatch.setattr(Pace, "__call__", lambda self, x, *_: kept.append(x.shape[-1]) or x)
+    monkeypatch.setattr(layers, "LARGE", 1)
+    model = transformer(1)
+    model.eval()
+    mx.eval(model(latents(), mx.array([500.0]), CONTEXT))
+    assert kept == [64, 64, 64, 128, 64]
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_pace_is_kept_twice_a_block_and_not_in_training(monkeypatch, training):
     kept = []
@@ -157,7 +168,7 @@ def test_kernels_between_the_convolutions_of_a_piece(monkeypatch, strips):
 
 def test_a_piece_waits_for_convolutions_and_doublings_alone(monkeypatch):
     """A block's sum is a short pass: waiting for it would leave the device idle."""
-    monkeypatch.setattr(features, "LARGE", 1)
+    monkeypatch.setattr(layers, "LARGE", 1)
     vae = WanVAE22(VAEConfig(dim=4, dec_dim=4, z_dim=4, latents_mean=(0.0,) * 4, latents_std=(1.0,) * 4))
     done = operations(lambda z: vae.pixels(z, FeatureCache(streaming=True)), mx.zeros((1, 1, 2, 2, 4)))
     blocks, doublings = 2 + 4 * 3, 3

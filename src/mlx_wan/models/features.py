@@ -10,7 +10,6 @@ import mlx.nn as nn
 from .layers import Pace, copied
 from .share import Rows
 
-LARGE = 1 << 24  # bytes of a result from which on a stream waits for the one before it
 STRIP = 1 << 23  # bytes of one frame, before it is doubled, from which on it passes in more than one strip
 
 
@@ -126,7 +125,7 @@ class FeatureCache:
 
     def settle(self, x: mx.array) -> mx.array:
         """`x`; if it is large, in a stream, it and all that is kept are begun now, and the one before it waited for."""
-        return self._pace(x, *self.arrays(), *self._rows.values()) if self.streaming and x.nbytes >= LARGE else x
+        return self._pace.within(x, *self.arrays(), *self._rows.values()) if self.streaming else x
 
     def arrays(self) -> list[mx.array]:
         """All stored frames, for mx.eval."""

@@ -179,6 +179,9 @@ def copied(x: mx.array) -> mx.array:
     return cast(mx.array, _forms["copy"](x))
 
 
+LARGE = 1 << 24  # bytes of a result from which on its part of a computation is worth a wait
+
+
 class Pace:
     """Lets MLX work ahead by one part of a computation, and no more: memory is handed out before the work is done.
 
@@ -198,6 +201,10 @@ class Pace:
                 mx.eval(self._last)
         self._last = x
         return x
+
+    def within(self, x: mx.array, *others: mx.array) -> mx.array:
+        """The same where x is large; small parts go on with the next."""
+        return self(x, *others) if x.nbytes >= LARGE else x
 
 
 def _on_cpu(x: mx.array) -> bool:

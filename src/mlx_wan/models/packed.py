@@ -31,9 +31,11 @@ class PackedLinear(nn.QuantizedLinear):
 
     def __call__(self, x: mx.array) -> mx.array:
         """(..., in) -> (..., out), in x's dtype or the bias's, whichever is larger."""
-        few = x.size // x.shape[-1] <= FEW_ROWS[target()]
+        few, bias = x.size // x.shape[-1] <= FEW_ROWS[target()], self.get("bias")
+        if not few and bias is not None and bias.dtype == x.dtype:
+            return multiply(x, self.unpacked(x.dtype).T, bias)
         y = (in_pieces(self._packed, x) if few else multiply(x, self.unpacked(x.dtype).T)).astype(x.dtype)
-        return y + self.bias if "bias" in self else y
+        return y if bias is None else y + bias
 
     def _packed(self, rows: mx.array) -> mx.array:
         matrix = self.weight, self.scales, self.get("biases")

@@ -118,10 +118,13 @@ class Attention(nn.Module):
         context: "mx.array | Text",
         rope: tuple[mx.array, mx.array] | None = None,
         share: Share = ALL,
+        pace: Pace | None = None,
     ) -> mx.array:
         # x: (B, L, C), context: (B, Lk, C), both in self.dtype; share: of whose tokens `context` is one
         q = self.normed(self.norm_q, by_rows(self.q, x, self.flop), rope)
         k, v = share.gather(*self.keys_and_values(context, rope))
+        if pace is not None:
+            q = pace.within(q, k, v)
         y = attend(q, k, v, self.num_heads, self.scale, in_pieces=self.in_pieces)
         return by_rows(self.o, y, self.flop)
 
@@ -230,7 +233,7 @@ class Block(nn.Module):
         # time: (B, G, 6, C) float32
         shift1, scale1, gate1, shift2, scale2, gate2 = ((self.modulation[:, None] + time)[:, :, i] for i in range(6))
         y = fused.norm(x, 1 + scale1, shift1, self.eps, self.dtype)
-        y = self.self_attn(y, y, rope, share)
+        y = self.self_attn(y, y, rope, share, pace if share is ALL else None)  # exchanges have an order of their own
         if isinstance(self.norm3, nn.LayerNorm):
             weights = self.norm3.weight[None, None], self.norm3.bias[None, None]
             x, y = fused.add_norm(x, y, gate1, *weights, self.eps, self.dtype)
@@ -244,10 +247,18 @@ class Block(nn.Module):
         else:
             y = self.cross_attn(y, context)
         x, y = fused.add_norm(x, y, None, 1 + scale2, shift2, self.eps, self.dtype)
-        x = fused.add(x, by_rows(partial(run_layers, self.ffn), y, self.flop), gate2)
+        if pace is not None:
+            y = pace.within(y, x)
+        x = fused.add(x, by_rows(partial(self.feed_forward, pace), y, self.flop), gate2)
         if pace is not None:
             x = pace(x)
         return x
+
+    def feed_forward(self, pace: Pace | None, y: mx.array) -> mx.array:
+        """(B, n, C) of both matrices and what is between them."""
+        *inner, outer = self.ffn
+        y = run_layers(inner, y)
+        return outer(y if pace is None else pace.within(y))
 
 
 class VaceBlock(Block):
@@ -326,8 +337,8 @@ def unpatchify(x: mx.array, grid: tuple[int, int, int], patch: tuple[int, int, i
 class WanTransformer(nn.Module):
     """Predicts the velocity ε − x0 of flow matching from noisy latents.
 
-    After `eval()`, which the pipeline calls, MLX works ahead by half a block and no more, so that the arrays of one
-    block are in memory at a time; `mx.grad` and `mx.compile` want a model in training, as it is made.
+    After `eval()`, which the pipeline calls, MLX works ahead by half a block and no more, a fifth if arrays are large:
+    then few of them are in memory at a time. `mx.grad` and `mx.compile` want a model in training, as it is made.
 
     Args:
         config: dimensions.
