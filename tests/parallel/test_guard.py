@@ -14,16 +14,19 @@ HERE = f"rank 1 ({socket.gethostname()})"
 WHY = {
     "die": f"error: {HERE} died; all other ranks stop",
     "hang": f"error: {HERE} has given no sign of life for 3 s",
+    "sleep": f"error: {HERE} lives but has come no further for ",
     "fail": f"error: {HERE} stopped: a bad file; all other ranks stop",
 }
 
 
-@pytest.mark.parametrize("fate", ["die", "hang", "fail"])
+@pytest.mark.parametrize("fate", ["die", "hang", "sleep", "fail"])
 def test_all_others_end_and_name_the_rank(fate, tmp_path):
     unfinished = tmp_path / "unfinished"
     processes = ranks.start(tmp_path, 3, [str(ranks.HERE / "guarded.py"), fate, str(unfinished)])
     for rank in (0, 2):
         assert processes[rank].wait(timeout=30) == 1
+    if fate == "sleep":
+        assert processes[1].wait(timeout=10) == 1  # it is told too
     processes[1].kill()
     for rank in (0, 2):
         errors = processes[rank].communicate()[1]  # MLX itself writes of lost connections, in fragments, in between
