@@ -40,7 +40,7 @@ class StoppedTogether(KeyboardInterrupt):
 
 
 @dataclass
-class _Place:
+class Place:
     """How far a rank has said to be, and since when others have been further (None: nobody is)."""
 
     count: int = 0
@@ -56,7 +56,7 @@ class _Place:
         self.count, self.patience, self.longest = int(count), float(patience), float(longest)
 
 
-def straggler(places: Mapping[int, _Place], now: float, silence: float) -> tuple[int, float] | None:
+def straggler(places: Mapping[int, Place], now: float, silence: float) -> tuple[int, float] | None:
     """The rank that has been behind others for longer than it may be, and for how many seconds; None if all go on.
 
     It may for its own patience (`silence` in steady work), and for four times the longest way that any rank has had.
@@ -121,7 +121,7 @@ class Guard:
         self._world, self._silence = world, silence
         self._rank, self._size = world.rank(), world.size()
         self._links: dict[int, socket.socket] = {}  # other rank -> connection: to rank 0, or of rank 0 to all
-        self._places = {rank: _Place() for rank in range(self._size)}
+        self._places = {rank: Place() for rank in range(self._size)}
         self._listeners: list[threading.Thread] = []
         self._clean_up: list[Callable[[], None]] = []
         self._lock, self._ended, self._ending = threading.Lock(), threading.Event(), threading.Lock()
@@ -171,6 +171,7 @@ class Guard:
 
     def _part(self) -> None:
         """Goes when all can: rank 0 hears everybody's goodbye before it says its own, for which the others wait."""
+        PULSE.patience = STEADY  # others must not begin what this rank will not
         if self._rank > 0:
             self._say("bye")
         for listener in self._listeners:
