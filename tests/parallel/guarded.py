@@ -1,6 +1,6 @@
 """What each rank of test_guard.py does: exchanges numbers for ever, until rank 1 of three meets its fate.
 
-guarded.py FATE UNFINISHED, one of die, hang, fail, finish and disagree, and a file that must not stay.
+guarded.py FATE UNFINISHED, one of FATES or disagree, and a file that must not stay.
 """
 
 import os
@@ -14,10 +14,13 @@ import mlx.core as mx  # isort: skip
 
 from mlx_wan.errors import WanError
 from mlx_wan.parallel.guard import Guard, check_agreement
+from mlx_wan.parallel.pulse import PULSE, STEADY
+from mlx_wan.parallel.team import Team
 
 FATES = {
     "die": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "hang": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+    "sleep": lambda: time.sleep(1000),
     "fail": lambda: fail("a\nbad  file"),
     "finish": lambda: None,
 }
@@ -30,6 +33,8 @@ def fail(why: str) -> None:
 def main(fate: str, unfinished: str) -> None:
     mx.set_default_device(mx.cpu)
     world = mx.distributed.init(strict=True, backend="ring")
+    team = Team(world)
+    PULSE.patience = STEADY
     with Guard(world, silence=3) as guard:
         if world.rank() == 0:
             open(unfinished, "w").close()
@@ -41,8 +46,13 @@ def main(fate: str, unfinished: str) -> None:
         for i in range(10 if fate == "finish" else 1_000_000):
             if i == 5 and world.rank() == 1:
                 FATES[fate]()
-            mx.eval(mx.distributed.all_gather(mx.ones(1000) * i, group=world))
+            mx.eval(team.all_gather(mx.ones(1000) * i))
             time.sleep(0.01)
+        if fate == "finish":  # the last ones are not waited for by rank 1, which has nothing more to do
+            last = [team.all_gather(mx.full(2**20, i)) for i in range(4)]
+            if world.rank() != 1:
+                time.sleep(0.5)
+                assert [each.sum().item() for each in last] == [3 * 2**20 * i for i in range(4)]
 
 
 if __name__ == "__main__":

@@ -58,8 +58,9 @@ def bash(commands: dict[str, list[Flag]], summaries: dict[str, str]) -> str:
 
 
 def zsh(commands: dict[str, list[Flag]], summaries: dict[str, str]) -> str:
-    """zsh runs bash's function through its own bashcompinit."""
-    return "autoload -U +X bashcompinit && bashcompinit\n" + bash(commands, summaries)
+    """zsh runs bash's function through its own bashcompinit, which needs compinit; a bare .zshrc has neither."""
+    begin = "(( $+functions[compdef] )) || { autoload -Uz compinit && compinit }\n"
+    return begin + "autoload -U +X bashcompinit && bashcompinit\n" + bash(commands, summaries)
 
 
 def _bash_function(commands: dict[str, list[Flag]]) -> str:

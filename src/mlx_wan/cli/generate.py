@@ -92,7 +92,7 @@ def _batch(args: argparse.Namespace) -> tuple[list[Job], int]:
     jobs: list[Job] = []
     failed, taken = 0, set()
     found = list(lines(args, build()[1]["generate"]))
-    args.crew.same("number of lines (--batch)", len(found))
+    args.crew.same({"number of lines (--batch)": len(found)})
     for name, line_args, problem in found:
         try:
             if line_args is None:
@@ -112,6 +112,7 @@ def _jobs(args: argparse.Namespace, name: str, taken: set[Path]) -> list[Job]:
         settings.fill(args)
     request.check_flags(args)
     from mlx_wan.outputs import check_output
+    from mlx_wan.parallel.pulse import PULSE
     from mlx_wan.video import read_image
     from mlx_wan.weights.locate import locate
 
@@ -124,7 +125,8 @@ def _jobs(args: argparse.Namespace, name: str, taken: set[Path]) -> list[Job]:
         raise UserError(f"--preview {args.preview}: no such folder; create it first")
     files = given_parts(args)
     alone = not args.ckpt_dir and not files
-    checkpoint = locate("tiny" if alone else args.ckpt_dir, task=args.task, **files)
+    with PULSE.taking():  # one machine may have to download what another has
+        checkpoint = locate("tiny" if alone else args.ckpt_dir, task=args.task, **files)
     request.check_task(args.task, checkpoint)
     image = longer.read(args, checkpoint, image)
     args.source = sources.read(args, checkpoint)
@@ -260,6 +262,7 @@ def _make(
             progress.stage("text")
             reused = 0
             for event in events:
+                args.crew.steady(event.stage == "denoise")  # the next is like this one, or the next comes soon
                 reused += bool(event.point and event.point.kept and event.point.kept.skipped)
                 if keeper is not None:
                     keeper.saw(event)
@@ -283,7 +286,11 @@ def _facts(args: argparse.Namespace, checkpoint: "Checkpoint", options: dict[str
 
 def _extend_prompt(args: argparse.Namespace, pipelines: Pipelines) -> argparse.Namespace:
     """These flags with an extended prompt, and what of that is to be kept in the video."""
-    prompt = args.crew.from_first(pipelines.extended(args) if args.crew.is_first else args.prompt)
+    from mlx_wan.parallel.pulse import PULSE
+
+    with PULSE.taking():  # others wait
+        prompt = pipelines.extended(args) if args.crew.is_first else args.prompt
+    prompt = args.crew.from_first(prompt)
     if prompt == args.prompt:
         return args
     how = {"method": args.prompt_extend_method, "model": args.prompt_extend_model}

@@ -48,7 +48,7 @@ class Crew:
     @property
     def is_first(self) -> bool:
         """Whether this process writes and prints."""
-        return self.parallel.is_first
+        return self.world is None or self.world.rank() == 0
 
     def same_seed(self, seed: Any, drawn: bool) -> int:
         """The first process's if it was drawn by each, else what was given."""
@@ -81,6 +81,12 @@ class Crew:
         tell_or_fail(self.world, self.guard.hosts)
         return result
 
+    def steady(self, is_steady: bool) -> None:
+        """Says whether this process is among steps that take as long as those before: how soon it counts as hanging."""
+        from mlx_wan.parallel.pulse import PATIENCE, PULSE, STEADY
+
+        PULSE.patience = STEADY if is_steady else PATIENCE
+
     def agree(self, checkpoint: "Checkpoint", values: dict[str, Any]) -> None:
         """UserError, in all processes, if one was given another model or another value."""
         if self.world is None:
@@ -91,9 +97,9 @@ class Crew:
         facts = {"version of mlx-wan": mlx_wan.__version__, "model": model_fingerprint(checkpoint)}
         self._check(facts | {name: _short(value) for name, value in values.items()})
 
-    def same(self, name: str, value: Any) -> None:
-        """UserError, in all processes, if one was given another value."""
-        self._check({name: _short(value)})
+    def same(self, values: dict[str, Any]) -> None:
+        """UserError, in all processes, if one was given another value of these."""
+        self._check({name: _short(value) for name, value in values.items()})
 
     def _check(self, facts: dict[str, str]) -> None:
         if self.world is None or self.guard is None:
@@ -133,6 +139,22 @@ def together(args: argparse.Namespace) -> Iterator[Crew]:
         except UserError as error:
             raise DisagreementError(str(error)) from None  # all processes find the same
         yield Crew(parallel, world, guard)
+
+
+@contextlib.contextmanager
+def alongside() -> Iterator[Crew]:
+    """As `together` for a command whose work meets by `mx.distributed.init()`: training. All processes may print."""
+    from mlx_wan.parallel.plan import ALONE
+    from mlx_wan.parallel.world import is_launched, meet
+
+    if not is_launched():
+        yield Crew(ALONE)
+        return
+    from mlx_wan.parallel.guard import Guard
+
+    world = meet()
+    with Guard(world) as guard:
+        yield Crew(ALONE, world, guard)
 
 
 @contextlib.contextmanager

@@ -4,12 +4,15 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_origin
 
+from mlx_wan.cli.ranks import alongside
 from mlx_wan.errors import UserError
-from mlx_wan.training.options import FinetuneRecipe
+from mlx_wan.training.options import FREE_OPTIONS, FinetuneRecipe
 
 if TYPE_CHECKING:
     from mlx_wan.training.plan import Plan
@@ -18,6 +21,8 @@ if TYPE_CHECKING:
 SUMMARY = "train a model from a YAML recipe, or fine-tune one on clips of your own"
 # Flags of the two stages that make the embedded model; those of stage finetune are the fields of its recipe.
 _OWN = ("run", "vae", "init", "steps")
+# Options that processes may have differently: where things are, and what the first alone does.
+MAY_DIFFER = set(FREE_OPTIONS) - {"shard_optimizer", "keep_both_experts"} | {"resume_adapter_file"}
 _SHARED = ("steps", "batch_size", "learning_rate", "seed")
 
 
@@ -63,9 +68,11 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("give a recipe with -c, or at least --model and --data (see mlx-wan train --help)")
     changes = {name: _plain(name, value) for name, value in given.items() if name not in ("run", "vae", "init")}
     recipe = read_recipe(args.config, changes if _is_finetuning(args, given) else _of_train(args, changes, given))
-    if isinstance(recipe, FinetuneRecipe):
-        return finetune(recipe, args)
-    return make(recipe, args)
+    prepare = finetune if isinstance(recipe, FinetuneRecipe) else make
+    with alongside() as crew:
+        facts, work = crew.attempt(partial(prepare, recipe, args, crew.is_first))
+        crew.same(facts | {"--resume": args.resume})
+        return work()
 
 
 def _is_finetuning(args: argparse.Namespace, given: dict[str, Any]) -> bool:
@@ -109,9 +116,12 @@ def _plain(name: str, value: Any) -> Any:
 # --- the stages of the embedded model --------------------------------------------------------------------------------
 
 
-def make(recipe: Any, args: argparse.Namespace) -> int:
-    """Runs a stage of training/tiny.py."""
-    import mlx.core as mx
+Prepared = tuple[dict[str, Any], Callable[[], int]]  # what all processes must have alike, and what is left to do
+
+
+def make(recipe: Any, args: argparse.Namespace, first: bool) -> Prepared:
+    """A stage of training/tiny.py, everything checked."""
+    from mlx.utils import tree_flatten
 
     from mlx_wan.fingerprint import model_fingerprint
     from mlx_wan.training.recipe import TransformerRecipe, check_same_run, describe, processes_of, remember_run
@@ -124,7 +134,6 @@ def make(recipe: Any, args: argparse.Namespace) -> int:
     elif len(given) != 1:
         need = "--vae or --init, not both" if given else "--vae, the folder of a finished autoencoder, or --init"
         raise UserError(f"{args.config} needs {need}")
-    world = mx.distributed.init()
     start = None
     if isinstance(recipe, TransformerRecipe) and args.init is not None:
         start = load_start(args.init, recipe, build_tokenizer())
@@ -134,10 +143,14 @@ def make(recipe: Any, args: argparse.Namespace) -> int:
     check_free(args.run, args.resume, "--run")
     if args.resume:
         check_same_run(args.run, facts)
-    if world.rank() == 0:
-        remember_run(args.run, facts)
-        note_states(args.run, args.resume)
-    return finish(args.run, lambda: train(recipe, args, processes, start))
+
+    def work() -> int:
+        if first:
+            remember_run(args.run, facts)
+            note_states(args.run, args.resume)
+        return finish(args.run, lambda: train(recipe, args, processes, start))
+
+    return dict(tree_flatten(facts)), work
 
 
 def train(recipe: Any, args: argparse.Namespace, processes: int, start: "Checkpoint | None") -> Path:
@@ -153,23 +166,28 @@ def train(recipe: Any, args: argparse.Namespace, processes: int, start: "Checkpo
 # --- fine-tuning -----------------------------------------------------------------------------------------------------
 
 
-def finetune(recipe: FinetuneRecipe, args: argparse.Namespace) -> int:
-    """Prints the plan, then does it."""
-    import mlx.core as mx
-
+def finetune(recipe: FinetuneRecipe, args: argparse.Namespace, first: bool) -> Prepared:
+    """Prints the plan; what is left is to do it."""
+    from mlx_wan.fingerprint import model_fingerprint
+    from mlx_wan.parallel.pulse import PULSE
     from mlx_wan.training.plan import make_plan
 
-    first = mx.distributed.init().rank() == 0
-    plan = make_plan(recipe)
+    with PULSE.taking():  # one machine may have to download what another has
+        plan = make_plan(recipe)
     if first:
         print("\n".join(plan.lines()), file=sys.stdout if args.dry_run else sys.stderr, flush=True)
     if args.dry_run:
-        return 0
+        return {}, lambda: 0
     folder = Path(recipe.adapter_path)
     check_free(folder, args.resume, "--adapter-path")
-    if first:
-        note_states(folder, args.resume)
-    return finish(folder, lambda: _finetune(plan, args.resume))
+
+    def work() -> int:
+        if first:
+            note_states(folder, args.resume)
+        return finish(folder, lambda: _finetune(plan, args.resume))
+
+    options = {name: value for name, value in vars(plan.recipe).items() if name not in MAY_DIFFER}
+    return {"model": model_fingerprint(plan.checkpoint), **options}, work
 
 
 def _finetune(plan: "Plan", resume: bool) -> Path:

@@ -2,7 +2,7 @@
 
 A collective waits for ever for a rank that hangs, and where MLX notices that one is gone it cannot say which. So every
 rank keeps a TCP connection to rank 0 beside MLX's own, and a thread on either end that says once a second that its
-process lives. Nothing but that and one line at the end goes over it.
+process lives and how many exchanges it has begun. Nothing but that and one line at the end goes over it.
 """
 
 import contextlib
@@ -12,16 +12,19 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import TracebackType
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_wan.errors import UserError, WanError
+from mlx_wan.parallel.pulse import PULSE, STEADY
 from mlx_wan.parallel.team import exchange
 
 BEAT = 1.0  # seconds between two signs of life
+SLOWER = 4.0  # a rank may be behind for so many times the longest way from one exchange to the next
 SILENCE = 20.0  # seconds without one after which a rank counts as hanging
 CONNECT = 10.0  # seconds to reach rank 0
 # Where launchers say at what address rank 0 is.
@@ -30,6 +33,44 @@ ADDRESSES = ("NCCL_HOST_IP", "MLX_JACCL_COORDINATOR", "MASTER_ADDR")
 
 class DisagreementError(UserError):
     """What every rank finds by itself at the same time: they were given different things, or what does not fit."""
+
+
+class StoppedTogether(KeyboardInterrupt):
+    """Ctrl-C, after which all ranks have agreed to end at the same place."""
+
+
+@dataclass
+class Place:
+    """How far a rank has said to be, and since when others have been further (None: nobody is)."""
+
+    count: int = 0
+    patience: float = STEADY
+    longest: float = 0.0
+    behind: float | None = None
+
+    def hear(self, line: str) -> None:
+        """Takes up an "at" line; whoever has moved is not behind until somebody else is further still."""
+        count, patience, longest = line.split()
+        if int(count) != self.count:
+            self.behind = None
+        self.count, self.patience, self.longest = int(count), float(patience), float(longest)
+
+
+def straggler(places: Mapping[int, Place], now: float, silence: float) -> tuple[int, float] | None:
+    """The rank that has been behind others for longer than it may be, and for how many seconds; None if all go on.
+
+    It may for its own patience (`silence` in steady work), and for four times the longest way that any rank has had.
+    """
+    furthest, longest = (max(getattr(place, name) for place in places.values()) for name in ("count", "longest"))
+    for rank, place in sorted(places.items(), key=lambda item: item[1].count):
+        if place.count == furthest:
+            place.behind = None
+            continue
+        place.behind = now if place.behind is None else place.behind
+        patience = silence if place.patience == STEADY else place.patience
+        if now - place.behind > max(patience, SLOWER * longest):
+            return rank, now - place.behind
+    return None
 
 
 def tell(world: mx.distributed.Group, text: str) -> list[str]:
@@ -69,7 +110,9 @@ class Guard:
     """A context manager around the work of one rank; all must enter it at the same time.
 
     When another rank dies, hangs or leaves by an exception, this process calls `on_stop`'s functions, says so on stderr
-    and ends with exit code 1, wherever it is: a collective that waits cannot be interrupted otherwise.
+    and ends with exit code 1, wherever it is: a collective that waits cannot be interrupted otherwise. At its end it
+    waits until all have come to theirs: MLX's ring sends from the process's memory, and one that ended with something
+    still to be sent would cut the others off.
 
     Raises UserError on entering if rank 0 cannot be reached.
     """
@@ -78,6 +121,8 @@ class Guard:
         self._world, self._silence = world, silence
         self._rank, self._size = world.rank(), world.size()
         self._links: dict[int, socket.socket] = {}  # other rank -> connection: to rank 0, or of rank 0 to all
+        self._places = {rank: Place() for rank in range(self._size)}
+        self._listeners: list[threading.Thread] = []
         self._clean_up: list[Callable[[], None]] = []
         self._lock, self._ended, self._ending = threading.Lock(), threading.Event(), threading.Lock()
         self.hosts: list[str] = []
@@ -106,7 +151,8 @@ class Guard:
                 "the machines must reach each other over TCP"
             ) from None
         for rank, link in self._links.items():
-            threading.Thread(target=self._listen, args=(rank, link), daemon=True).start()
+            self._listeners.append(threading.Thread(target=self._listen, args=(rank, link), daemon=True))
+            self._listeners[-1].start()
         threading.Thread(target=self._beat, daemon=True).start()
         return self
 
@@ -116,12 +162,22 @@ class Guard:
         if error is not None and not isinstance(error, WanError | KeyboardInterrupt | SystemExit):
             # Most likely MLX has lost a rank. Whoever watches that one will know; this thread ends the process then.
             time.sleep(min(2.0, self._silence))
-        if error is None or isinstance(error, DisagreementError):
-            self._say("bye")
+        if error is None or isinstance(error, DisagreementError | StoppedTogether):
+            self._part()
         else:
             what = "was stopped (Ctrl-C)" if isinstance(error, KeyboardInterrupt) else f"stopped: {error}"
             self._say(f"stop {self._name(self._rank)} {what}")
         self._ended.set()
+
+    def _part(self) -> None:
+        """Goes when all can: rank 0 hears everybody's goodbye before it says its own, for which the others wait."""
+        PULSE.patience = STEADY  # others must not begin what this rank will not
+        if self._rank > 0:
+            self._say("bye")
+        for listener in self._listeners:
+            listener.join()
+        if self._rank == 0:
+            self._say("bye")
 
     # --- the connections ---------------------------------------------------------------------------------------------
 
@@ -150,7 +206,13 @@ class Guard:
 
     def _beat(self) -> None:
         while not self._ended.wait(BEAT):
-            self._say("")
+            place = f"{PULSE.count} {PULSE.patience} {PULSE.longest}"
+            self._say(f"at {place}")
+            if self._rank == 0:
+                self._places[0].hear(place)
+                if late := straggler(self._places, time.monotonic(), self._silence):
+                    rank, seconds = late
+                    self._stop(f"{self._name(rank)} lives but has come no further for {seconds:.0f} s: it hangs")
 
     def _say(self, line: str) -> None:
         with self._lock:
@@ -173,7 +235,9 @@ class Guard:
                 for line in lines:
                     if line == b"bye":
                         return None
-                    if line.startswith(b"stop "):
+                    if line.startswith(b"at "):
+                        self._places[rank].hear(line.decode().removeprefix("at "))
+                    elif line.startswith(b"stop "):
                         return self._stop(line.decode(errors="replace").removeprefix("stop "))
         except TimeoutError:
             self._stop(
@@ -196,7 +260,7 @@ class Guard:
         # A new line: a progress bar, or what MLX says of lost connections, may have left one unfinished. Written past
         # sys.stderr, which the main thread may be busy with, or done with.
         with contextlib.suppress(OSError):
-            os.write(2, f"\nerror: {why}; all other ranks stop, and no video was written\n".encode())
+            os.write(2, f"\nerror: {why}; all other ranks stop, and leave nothing half-written\n".encode())
         os._exit(1)
 
     def _name(self, rank: int) -> str:

@@ -9,6 +9,7 @@ from mlx_wan.errors import UserError
 from mlx_wan.models.autoencoder import WanVAE
 from mlx_wan.models.transformer import WanTransformer
 from mlx_wan.models.umt5 import UMT5Encoder
+from mlx_wan.parallel.pulse import PATIENCE, PULSE
 from mlx_wan.parallel.rows import encode, stream_decode
 from mlx_wan.parallel.spread import Spread
 from mlx_wan.parallel.team import Team
@@ -101,11 +102,12 @@ class Parallel:
 
     def load_transformer(self, checkpoint: Checkpoint, dtype: mx.Dtype, part: str) -> WanTransformer:
         """As `weights.load.load_transformer`; it computes this process's tokens, with this process's weights."""
-        if self._transformer is None:
-            model = load_transformer(checkpoint, dtype, part)
-        else:
-            model = WanTransformer(checkpoint.transformer_config, dtype)
-            self._fill(self._transformer, checkpoint, part, model, dtype)
+        with PULSE.taking(PATIENCE):  # in the middle of the steps too, where a model has two
+            if self._transformer is None:
+                model = load_transformer(checkpoint, dtype, part)
+            else:
+                model = WanTransformer(checkpoint.transformer_config, dtype)
+                self._fill(self._transformer, checkpoint, part, model, dtype)
         if self._tokens.size > 1:
             model.share_of = partial(TokenShare, self._tokens)
         return model

@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import mlx.core as mx
 
+from mlx_wan.parallel.pulse import PULSE
 from mlx_wan.parallel.world import has_nccl
 
 
@@ -17,6 +18,7 @@ def _beside() -> mx.Stream | None:
 
 def exchange(collective: Callable[..., mx.array], x: mx.array, group: mx.distributed.Group | None) -> mx.array:
     """What a collective of MLX makes of `x`; it begins now, and what is computed after it may take its time."""
+    PULSE.beat()
     # One graph over two streams would make MLX wait for the first on the CPU (CUDA, 0.32.4): so three graphs.
     mx.async_eval(x)
     result = collective(x, group=group, stream=_beside())

@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from mlx_wan.errors import CheckpointError, UserError, WanError
+from mlx_wan.errors import CheckpointError, WanError
+from mlx_wan.parallel.guard import DisagreementError, StoppedTogether
+from mlx_wan.parallel.pulse import PULSE
 from mlx_wan.training.checkpoint import damaged_states, load_state, newest_state, save_state
 from mlx_wan.weights.whole import flat
 
@@ -149,10 +151,11 @@ class Loop(ABC):
         return True
 
     def _agree_on_step(self) -> None:
+        PULSE.beat()
         step = mx.array(self.step)
         low, high = (f(step, group=self.world).item() for f in (mx.distributed.all_min, mx.distributed.all_max))
         if low != high:
-            raise UserError(
+            raise DisagreementError(
                 f"the processes found states of different steps ({low} and {high}) in {self.folder}; "
                 "copy the folder of the first process to every machine"
             )
@@ -198,18 +201,19 @@ class Loop(ABC):
                     row, unread = self.checked(numbers, self.step - 1), None
                     if self._due(config.report_every):
                         self._log({**row, **self._pace(clock)}, report)
-                if evaluate and self._due(config.eval_every) and self.is_first:
-                    self._log(self.measured(evaluate), report)
-                    clock = _Clock(self.step)
-                if self.is_first and visit(self.step):
-                    clock = _Clock(self.step)
-                if self._due(config.save_every) or stopping:
-                    if self.is_first:
-                        saving(self.step)
-                    self.save()
+                with PULSE.taking():  # others wait, however long it takes
+                    if evaluate and self._due(config.eval_every) and self.is_first:
+                        self._log(self.measured(evaluate), report)
+                        clock = _Clock(self.step)
+                    if self.is_first and visit(self.step):
+                        clock = _Clock(self.step)
+                    if self._due(config.save_every) or stopping:
+                        if self.is_first:
+                            saving(self.step)
+                        self.save()
                 if stopping:
                     part(self.world)
-                    raise KeyboardInterrupt
+                    raise StoppedTogether
         part(self.world)
 
     def _pace(self, clock: _Clock) -> Row:
@@ -218,6 +222,7 @@ class Loop(ABC):
         return {**facts, "steps_per_s": rate, "clips_per_s": clips, "peak_gib": mx.get_peak_memory() / 2**30}
 
     def _share(self, asked: bool) -> mx.array:
+        PULSE.beat()
         wish = mx.array(int(asked))
         if self.world.size() > 1:  # after what the step exchanges: all processes must exchange in one order
             (wish,) = mx.depends([wish], list(flat(self.arrays()).values()))
