@@ -16,6 +16,7 @@ PROMPTS = (
     "a green star moves down on a black background",
     "a yellow ring stays still on a navy background",
     "a purple triangle moves left on a white background",
+    "an orange square bounces and a small cyan triangle moves up on a gray background",
 )
 FRAMES = (0, 5, 10, 14, 19, 24)
 CAPTION_HEIGHT, GAP, SCALE = 18, 4, 2

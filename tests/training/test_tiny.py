@@ -331,3 +331,15 @@ def test_muon_leaves_the_text_encoder_to_adamw(stages, tmp_path):
     assert "transformer.blocks.0.self_attn.q.weight.v" in muon
     assert not any(name.startswith("text_encoder.") for name in muon)
     assert "text_encoder.blocks.0.attn.q.weight.v" in adamw
+
+
+def test_the_embedded_text_encoder_is_no_bag_of_words():
+    pipe = mlx_wan.WanPipeline.from_pretrained("tiny", dtype=mx.float32)
+    one, other = (
+        pipe.encode_prompt(f"a {first} circle moves left and a {second} square grows")
+        for first, second in (("red", "blue"), ("blue", "red"))
+    )
+    circle, square = 2, 8
+    for word in (circle, square):  # the same words around it, in another order
+        difference = mx.linalg.norm(one[word] - other[word]) / mx.linalg.norm(one[word])
+        assert difference.item() > 0.1
