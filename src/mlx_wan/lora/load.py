@@ -134,7 +134,7 @@ def read_lora(path: str | Path, shapes: Mapping[str, Shape]) -> Lora:
 
 
 def lora_file(where: str | Path) -> Path:
-    """The file of an adapter: itself, that of a folder as PEFT and diffusers write it or its only one, or of one on the Hub (a
+    """The file of an adapter: itself, of a folder that of PEFT or diffusers or its only one, and of one on the Hub (a
     repository, "OWNER/NAME", a folder or file in it) the copy in the local cache. Raises as `hub.local_file`."""
     path = local_file(where, FOLDER_FILES)
     if path.is_dir():
