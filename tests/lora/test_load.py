@@ -294,8 +294,15 @@ def test_a_model_is_no_lora(tmp_path):
         read_lora(path, SHAPES)
     with pytest.raises(UserError, match="no such LoRA file"):
         read_lora(tmp_path / "nothing.safetensors", SHAPES)
+    (tmp_path / "several").mkdir()
     with pytest.raises(UserError, match="give the LoRA file itself"):
-        read_lora(tmp_path, SHAPES)
+        read_lora(tmp_path / "several", SHAPES)
+    for name in ("style", "other"):
+        shutil.copy(file("kohya"), tmp_path / "several" / f"{name}.safetensors")
+        if name == "style":
+            assert read_lora(tmp_path / "several", SHAPES).path.name == "style.safetensors"
+    with pytest.raises(UserError, match="give the LoRA file itself"):
+        read_lora(tmp_path / "several", SHAPES)
 
 
 def test_names_and_strengths():

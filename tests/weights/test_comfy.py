@@ -60,6 +60,9 @@ def test_scales_stored_as_bytes_and_layers_without_prefix_in_the_header(tmp_path
     tensors = read_tensors(layer(tmp_path, {"format": "nvfp4"}, arrays, header=True))
     values = np.array(tensors[f"{PREFIX}a.weight"].load())
     assert np.array_equal(values, np.tile([1.0, 2.0], (128, 32)))  # 0.5 and 1, times 2
+    arrays["pre_quant_scale"] = mx.arange(64).astype(mx.bfloat16)  # of the input
+    smoothed = read_tensors(layer(tmp_path, {"format": "nvfp4"}, arrays))[f"{PREFIX}a.weight"].load()
+    assert np.array_equal(np.array(smoothed), values * np.arange(64))
 
 
 def test_integers_with_a_scale_a_row_need_no_description(tmp_path):
@@ -78,6 +81,7 @@ def test_integers_with_a_scale_a_row_need_no_description(tmp_path):
         ({"format": "nvfp4", "convrot": True}, {}, "is nvfp4 with convrot, which is not supported"),
         ({"format": "int8_tensorwise"}, {}, "says int8_tensorwise, but is stored as uint8"),
         ({"format": "nvfp4"}, {"weight": mx.zeros((128, 4), mx.uint8)}, "has no rows of groups such as nvfp4 has"),
+        ({"format": "nvfp4"}, {"pre_quant_scale": mx.ones(63)}, "pre_quant_scale .* which has 64 scales there"),
         ({"format": "nvfp4"}, {"weight_scale_2": None}, r"a\.weight lacks its weight_scale_2"),
         ({"format": "nvfp4"}, {"weight_scale": mx.zeros((128, 5), mx.uint8)}, "which has 512 scales there"),
         ({"format": "nvfp4"}, {"weight_scale": mx.zeros((128, 4))}, "float32 does not fit"),

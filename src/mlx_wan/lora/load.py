@@ -16,7 +16,7 @@ from mlx_wan.errors import CheckpointError, UserError
 from mlx_wan.lora import dialects
 from mlx_wan.lora.layers import Adapter, Difference, DoRA, Hadamard, Kronecker, LowRank
 from mlx_wan.models.transformer import TransformerConfig, WanTransformer
-from mlx_wan.weights.files import read_metadata, read_tensors
+from mlx_wan.weights.files import TENSOR_SUFFIXES, read_metadata, read_tensors
 from mlx_wan.weights.hub import LORA_CONFIG, local_file
 from mlx_wan.weights.identify import identify
 from mlx_wan.weights.tensors import DTYPES, TensorInfo
@@ -134,14 +134,15 @@ def read_lora(path: str | Path, shapes: Mapping[str, Shape]) -> Lora:
 
 
 def lora_file(where: str | Path) -> Path:
-    """The file of an adapter: itself, that of a folder as PEFT and diffusers write it, or of one on the Hub (a
+    """The file of an adapter: itself, of a folder that of PEFT or diffusers or its only one, and of one on the Hub (a
     repository, "OWNER/NAME", a folder or file in it) the copy in the local cache. Raises as `hub.local_file`."""
     path = local_file(where, FOLDER_FILES)
     if path.is_dir():
-        inside = next((path / name for name in FOLDER_FILES if (path / name).is_file()), None)
-        if inside is None:
+        usual = [path / name for name in FOLDER_FILES if (path / name).is_file()]
+        found = usual[:1] or [file for file in path.iterdir() if file.suffix in TENSOR_SUFFIXES and file.is_file()]
+        if len(found) != 1:
             raise UserError(f"{path}: has no {' or '.join(FOLDER_FILES)}; give the LoRA file itself")
-        return inside
+        return found[0]
     if not path.is_file():
         raise UserError(f"{path}: no such LoRA file")
     return path

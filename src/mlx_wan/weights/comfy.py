@@ -6,7 +6,7 @@ package comfy-kitchen, whose kernels ComfyUI calls, writes. Activations are not 
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
@@ -38,6 +38,7 @@ class Format:
         stored: types of its tensor `weight`.
         values: of the matrix in one of `weight`.
         scales: end of the name -> the scales that must be beside it.
+        extra: the same of what may be there.
         unpack: (weight, scales, the layer's JSON) -> the matrix, float32.
         options: what the JSON may say about it; other entries are errors.
         group: of how many values a row is made, by the JSON; the matrix must have two dimensions if it is more than 1.
@@ -47,6 +48,7 @@ class Format:
     values: int
     scales: Mapping[str, Scale]
     unpack: Callable[[mx.array, Mapping[str, mx.array], Mapping[str, Any]], mx.array]
+    extra: Mapping[str, Scale] = field(default_factory=dict)
     options: tuple[str, ...] = ()
     group: Callable[[Mapping[str, Any]], Any] = lambda options: 1
 
@@ -96,10 +98,11 @@ def _mxfp8(weight: mx.array, scales: Mapping[str, mx.array], _: Mapping[str, Any
 
 
 def _nvfp4(weight: mx.array, scales: Mapping[str, mx.array], _: Mapping[str, Any]) -> mx.array:
-    """The upper half of a byte comes first."""
+    """The upper half of a byte comes first. `pre_quant_scale` is for the input; here it is the columns'."""
     halves = HALF_BYTES[mx.stack([weight >> 4, weight & 15], axis=-1).reshape(weight.shape[0], -1)]
     whole = scales["weight_scale_2"].astype(mx.float32).reshape(())
-    return _blocks(halves, whole * _numbers(scales["weight_scale"], "float8_e4m3"), 16)
+    matrix = _blocks(halves, whole * _numbers(scales["weight_scale"], "float8_e4m3"), 16)
+    return matrix * scales["pre_quant_scale"].astype(mx.float32).reshape(-1) if "pre_quant_scale" in scales else matrix
 
 
 def _int8(weight: mx.array, scales: Mapping[str, mx.array], options: Mapping[str, Any]) -> mx.array:
@@ -119,6 +122,10 @@ def rotation(options: Mapping[str, Any]) -> int:
     return width if width in (4**k for k in range(1, 8)) else 0
 
 
+def _maybe_rotated(options: Mapping[str, Any]) -> int:
+    return rotation(options) if options.get("convrot") else 1
+
+
 _FLOATS = ("float32", "float16", "bfloat16")
 _ROWS = {"weight_scale": Scale(_FLOATS, lambda rows, columns: (1, rows))}
 _MXFP8 = {"weight_scale": Scale(("float8_e8m0", "uint8"), lambda rows, columns: (tiled_size(rows, columns // 32),))}
@@ -126,15 +133,16 @@ _NVFP4 = {
     "weight_scale": Scale(("float8_e4m3", "uint8"), lambda rows, columns: (tiled_size(rows, columns // 16),)),
     "weight_scale_2": Scale(_FLOATS, lambda rows, columns: (1,)),
 }
+_SMOOTHED = {"pre_quant_scale": Scale(_FLOATS, lambda rows, columns: (columns,))}
 _ROTATED = ("convrot_groupsize", "quant_group_size", "linear_dtype")
 _FLOAT8 = Format(("float8_e4m3", "float8_e5m2"), 1, _ROWS, _by_rows)
-_INT8 = Format(("int8",), 1, _ROWS, _int8, ("convrot", *_ROTATED), lambda o: rotation(o) if o.get("convrot") else 1)
-_INT4 = Format(("int8",), 2, _ROWS, _int4, _ROTATED, rotation)
+_INT8 = Format(("int8",), 1, _ROWS, _int8, options=("convrot", *_ROTATED), group=_maybe_rotated)
+_INT4 = Format(("int8",), 2, _ROWS, _int4, options=_ROTATED, group=rotation)
 FORMATS = {
     "float8_e4m3fn": _FLOAT8,
     "float8_e5m2": _FLOAT8,
     "mxfp8": Format(("float8_e4m3",), 1, _MXFP8, _mxfp8, group=lambda options: 32),
-    "nvfp4": Format(("uint8",), 2, _NVFP4, _nvfp4, group=lambda options: 16),
+    "nvfp4": Format(("uint8",), 2, _NVFP4, _nvfp4, _SMOOTHED, group=lambda options: 16),
     "int8_tensorwise": _INT8,
     "convrot_w4a4": _INT4,
     "int4_tensorwise": _INT4,

@@ -19,7 +19,8 @@ from mlx_wan.errors import CheckpointError
 from mlx_wan.weights.comfy import COMMON, FORMATS, Format
 from mlx_wan.weights.tensors import TensorInfo
 
-SCALES = {"scale_weight": "weight_scale", "weight_scale": "weight_scale", "weight_scale_2": "weight_scale_2"}
+OWN_NAMES = ("weight_scale", "weight_scale_2", "pre_quant_scale")
+SCALES = {"scale_weight": "weight_scale"} | {name: name for name in OWN_NAMES}
 UNUSED = ("scale_input", "input_scale")
 MARKER, DESCRIPTION = "scaled_fp8", "comfy_quant"
 METADATA_KEY = "_quantization_metadata"
@@ -68,7 +69,7 @@ def _joined(
     if missing := form.scales.keys() - scales.keys():
         raise CheckpointError(f"{path}: {weight.name} lacks its {', '.join(sorted(missing))}; get the file again")
     for end, scale in scales.items():
-        kind = form.scales.get(end)
+        kind = form.scales.get(end) or form.extra.get(end)
         sizes = kind.sizes(rows, columns) if kind else ()
         if kind is None or math.prod(scale.shape) not in sizes or scale.stored not in kind.types:
             raise CheckpointError(
