@@ -95,7 +95,7 @@ def test_who_waits_holds_less():
 
 
 def test_mlx_waits_where_a_limit_is_passed_and_a_graph_was_full():
-    """Eight of these operations fill one, and another follows. What somebody else's wait ended is not waited for (mlx/transforms.cpp)."""
+    """Eight of these operations fill one, and another follows. What a wait of ours ended is not waited for."""
     x = mx.zeros((1 << 27,))
     for limit in (5, 0):
         assert peak_bytes(chain, [x], "CUDA", limit=limit * x.nbytes) / x.nbytes == pytest.approx(9, abs=0.1)
