@@ -232,6 +232,7 @@ class _Playback:
             self._allocate(temporary)
             kernels = 1
         if self.device != "CUDA":
+            self.counted = self.now
             self._hand_out(kernels + (1 if self.device == "CPU" else 0))
         if temporary:
             self.leaving.append((self.now, temporary))
