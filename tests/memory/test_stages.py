@@ -160,8 +160,8 @@ def test_a_true_size_clip_is_decoded_within_6_gib_on_cuda():
 
 
 def test_less_memory_is_less_run_ahead_on_cuda():
-    model = replace(Dimensions.of_release("ti2v-5B"), quantization=Quantization(4))
-    setting = Setting(1280, 704, 121, mx.bfloat16)
-    peaks = [plans(model, setting, "CUDA", gib * 2**30)[1].peak for gib in (0, 7, 70)]
+    model = replace(Dimensions.of_release("t2v-A14B"), quantization=Quantization(4))
+    setting = Setting(832, 480, 81, mx.bfloat16)
+    peaks = [plans(model, setting, "CUDA", gib * 2**30)[1].peak for gib in (0, 12, 70)]
     assert peaks == sorted(peaks)
     assert peaks[0] < peaks[2]

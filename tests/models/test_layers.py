@@ -172,5 +172,13 @@ def test_rows_are_taken_so_many_at_a_time(monkeypatch, length, most, sizes):
     assert mx.array_equal(out, 2 * x)
 
 
+def test_rows_are_few_where_they_are_wide_between(monkeypatch):
+    monkeypatch.setitem(layers.BETWEEN_BYTES, "CPU", 2 * 4 * 30)
+    x, seen = mx.arange(2 * 9 * 3.0).reshape(2, 9, 3), []
+    out = layers.by_rows(lambda rows: seen.append(rows.shape[1]) or 2 * rows, x, flop=1e9, between=30)
+    assert seen == [3, 3, 3], "four rows of both samples would fit, and parts are alike"
+    assert mx.array_equal(out, 2 * x)
+
+
 def test_only_metal_is_watched():
     assert set(layers.KERNEL_FLOP) == {"Metal"}

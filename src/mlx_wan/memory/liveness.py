@@ -180,6 +180,7 @@ class _Playback:
         self.now = 0  # dispatches handed out; on CUDA graphs
         self.done = -RUN_AHEAD[device]  # of them, at least
         self.waited = 0  # where somebody waited last
+        self.counted = self.done  # the last graph that MLX ended because it was full: a limit makes it wait for those
         self.in_graph = self.elements_read = 0  # of the graph being filled: its operations, and what they read
         self.held = self.peak = 0
         self.leaving: list[tuple[int, int]] = []  # (dispatch after which they go, bytes)
@@ -231,6 +232,7 @@ class _Playback:
             self._allocate(temporary)
             kernels = 1
         if self.device != "CUDA":
+            self.counted = self.now
             self._hand_out(kernels + (1 if self.device == "CPU" else 0))
         if temporary:
             self.leaving.append((self.now, temporary))
@@ -247,8 +249,9 @@ class _Playback:
             self.in_graph += 1
             self.elements_read += sum(math.prod(self.graph.shapes[given]) for given in operation.inputs)
             if self.in_graph > GRAPH_OPERATIONS or self.elements_read > GRAPH_ELEMENTS:
+                self.counted = self.now
                 self._hand_out()
-        if self.held > self.limit:
+        if self.held > self.limit and self.counted > self.done:
             self._hand_out()
             self._wait()
 
@@ -259,12 +262,12 @@ class _Playback:
 
     def _wait(self) -> None:
         """Until no more is held than the limit, or nothing more comes of it."""
-        for when in sorted({when for when, _ in self.leaving}):
+        for when in sorted({when for when, _ in self.leaving if when <= self.counted}):
             if self.held <= self.limit:
                 return
             self.done = max(self.done, when)
             self._let_go()
-        self.done = self.now if self.held > self.limit else self.done
+        self.done = max(self.done, self.counted) if self.held > self.limit else self.done
 
     def _result(self, operation: Operation, shadows: list[np.ndarray], out: str) -> np.ndarray:
         """An elementwise result is laid out as its inputs, if they agree and have neither gaps nor repetitions."""

@@ -314,13 +314,19 @@ def _loses_the_process(q: mx.array, k: mx.array) -> bool:
 KERNEL_FLOP = {"Metal": 1 << 39}
 
 
-def by_rows(compute: Callable[[mx.array], mx.array], x: mx.array, flop: float) -> mx.array:
-    """`compute` of x (B, L, C), for as many rows at a time as one kernel may take on this device.
+# The most bytes of all rows between two products, where a part of the rows keeps the GPU as busy as all do.
+BETWEEN_BYTES = {"CUDA": 1 << 28}
 
-    compute: (B, n, C) -> (B, n, D), each row by itself. flop: of a row in its longest kernel.
+
+def by_rows(compute: Callable[[mx.array], mx.array], x: mx.array, flop: float, between: int = 0) -> mx.array:
+    """`compute` of x (B, L, C), for as many rows at a time as one kernel, and memory, may take on this device.
+
+    compute: (B, n, C) -> (B, n, D), each row by itself. flop: of a row in its longest kernel. between: bytes of a row
+    at its widest.
     """
     batch, length, _ = x.shape
     count = math.ceil(flop * batch * length / KERNEL_FLOP.get(target(), math.inf))
+    count = max(count, math.ceil(between * batch * length / BETWEEN_BYTES.get(target(), math.inf)))
     if count < 2:
         return compute(x)
     rows = -(-length // min(count, length))
