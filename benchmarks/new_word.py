@@ -44,7 +44,7 @@ from mlx_wan.weights.locate import locate
 
 WORD, RGB = "chestnut", (95, 60, 35)  # over 100 from every other colour
 BEHIND = ("white",)  # where the autoencoder can show it; elsewhere it makes pink of it
-CLIPS, OLD = 40, 20  # of the clips so many show old colours
+CLIPS, OLD = 40, 12  # of the clips so many show old colours
 RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "new-word.yaml"
 WAYS = {"lora": None, "qlora": 4}  # bits of the model that is trained
 RATES = ("colour", "shape", "motion", "all")

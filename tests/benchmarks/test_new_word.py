@@ -39,7 +39,7 @@ def test_the_recipe_runs_end_to_end(new_word, tmp_path, capsys):
     assert {"before, new word", "lora, new word", "qlora, old words"} <= report.keys()
     assert all(0 <= rate <= 1 for rates in report.values() for rate in rates.values())
     captions = [path.read_text() for path in (tmp_path / "run" / "clips").glob("*.txt")]
-    assert sum("chestnut" in text.lower() for text in captions) == 2
+    assert sum("chestnut" in text.lower() for text in captions) == 3
     for way in ("lora", "qlora"):
         assert (tmp_path / "run" / way / "adapters.safetensors").exists()
     assert "lora: trained in" in capsys.readouterr().out
