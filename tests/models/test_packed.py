@@ -1,9 +1,12 @@
 """Packed matrices against the matrix they stand for."""
 
+from collections import Counter
+
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
+from mlx_wan.memory.liveness import trace
 from mlx_wan.models import packed
 from mlx_wan.models.packed import PackedLinear
 from mlx_wan.weights.quantize import MODES
@@ -63,3 +66,13 @@ def test_gradients_pass_to_the_input():
     weight = mx.dequantize(ours.weight, ours.scales, None, 16, 4, "nvfp4", dtype=mx.float32)
     gradient = mx.grad(lambda x: ours(x).sum())(x)
     assert mx.allclose(gradient, mx.broadcast_to(weight.sum(0), x.shape), atol=1e-4).item()
+
+
+@pytest.mark.parametrize(("bias_type", "added"), [(mx.float32, 0), (mx.float16, 1)])
+def test_many_rows_get_their_bias_within_the_product(bias_type, added):
+    """A pass of its own would read and write them all once more; a bias of another type keeps its type."""
+    ours = layer("affine", 4, 64)
+    ours.bias = ours.bias.astype(bias_type)
+    mx.eval(ours.parameters())
+    names = Counter(op.name for op in trace(ours, [mx.zeros((200, 128))], "CUDA").operations)
+    assert (names["AddMM"], names["Add"]) == (1 - added, added)
