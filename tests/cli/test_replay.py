@@ -67,6 +67,18 @@ def test_a_run_of_listed_timesteps_is_repeated_and_changed(folder, capsys):
     capsys.readouterr()
 
 
+def test_a_codec_is_kept_where_the_new_file_can_have_it(folder, capsys):
+    line = ["--prompt", "a red circle", "--seed", "3", *SHORT]
+    assert main(["generate", *line, "--codec", "lossless", "-o", "exact.mp4"]) == 0
+    assert main(["generate", "--from", "exact.mp4", "-o", "again.mp4"]) == 0
+    assert (folder / "again.mp4").read_bytes() == (folder / "exact.mp4").read_bytes()
+    assert main(["generate", "--from", "exact.mp4", "-o", "frames/"]) == 0
+    exact, _ = read_video(folder / "exact.mp4")
+    for number, frame in enumerate(exact, start=1):
+        np.testing.assert_array_equal(np.asarray(Image.open(folder / "frames" / f"{number:04d}.png")), frame)
+    capsys.readouterr()
+
+
 def test_dials_are_kept_with_the_video(folder, capsys):
     line = ["--prompt", "a red circle", "--seed", "3", "--steps", "12", "--frame_num", "5"]
     line += ["--cache", "0.1", "--guidance_interval", "0.2", "0.9"]

@@ -49,6 +49,15 @@ class Handler(BaseHTTPRequestHandler):
         if status == "cut":
             self.close_connection = True
             return
+        if status in ("drops", "short"):
+            self.send_response(200)
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+            for _ in range(30 if status == "drops" else 1):
+                self.wfile.write(b" ")
+                time.sleep(0.05)
+            self.close_connection = True
+            return
         if status == 200 and isinstance(content, str):
             content = {"choices": [{"message": {"role": "assistant", "content": content}}]}
         data = content if isinstance(content, bytes) else json.dumps(content).encode()
@@ -123,7 +132,7 @@ def test_answers_are_tidied(server, answer, text):
     assert ask() == text
 
 
-@pytest.mark.parametrize("bad", [(500, {}), (429, {}), ("cut", ""), (503, b"<html>")])
+@pytest.mark.parametrize("bad", [(500, {}), (429, {}), ("cut", ""), ("short", ""), (503, b"<html>")])
 def test_what_may_pass_is_tried_three_times(server, bad):
     server.answers = [bad, bad, (200, "At last.")]
     assert ask() == "At last."
@@ -163,6 +172,15 @@ def test_a_slow_server_runs_out_of_time(server):
         chat.ask(where, [], timeout=0.1)
     assert time.perf_counter() - start < 2
     assert KEY not in repr(where)
+
+
+def test_a_server_that_sends_a_little_now_and_then_runs_out_of_time(server):
+    server.answers = [("drops", "")]
+    where, start = chat.server("openai", "m", False), time.monotonic()
+    with pytest.raises(WanError, match="timed out"):
+        chat.ask(where, [], timeout=0.2)
+    assert len(server.asked) == 3
+    assert time.monotonic() - start < 3  # of the 4.5 that three answers take
 
 
 def test_addresses_keys_and_models_come_from_the_environment():

@@ -281,6 +281,7 @@ def _facts(args: argparse.Namespace, checkpoint: "Checkpoint", options: dict[str
     fps = args.fps or checkpoint.spec.fps
     dtype = args.dtype or str(backend.default_dtype()).removeprefix("mlx.core.")
     more = {**args.extended, **longer.facts(args), **sources.facts(args)}
+    more |= {"codec": args.codec} if args.codec else {}
     return settings.facts(args, checkpoint, options, **more, fps=fps, dtype=dtype)
 
 

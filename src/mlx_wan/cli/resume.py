@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 # What of a run's settings may be another when it goes on: how the video is written, where files are (their fingerprints
 # are compared), and what is said in a note.
-FREE = {"fps", "mlx", "mlx_wan", "device", "ckpt_dir", "parts", *settings.FILES, settings.REFERENCES}
+FREE = {"fps", "codec", "mlx", "mlx_wan", "device", "ckpt_dir", "parts", *settings.FILES, settings.REFERENCES}
 KEPT = ("codec", "save_every", "save_settings")  # flags that settings do not tell
 LONGEST = 60  # characters of a value in a message
 

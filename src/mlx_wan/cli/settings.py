@@ -10,6 +10,7 @@ from mlx_wan.cli.parts import PARTS
 from mlx_wan.cli.report import note
 from mlx_wan.cli.sources import references
 from mlx_wan.errors import UserError
+from mlx_wan.formats import FORMATS, output_path
 
 if TYPE_CHECKING:
     from mlx_wan.weights.checkpoint import Checkpoint
@@ -116,6 +117,10 @@ def fill(args: argparse.Namespace, recorded: dict[str, Any] | None = None) -> No
             setattr(args, flag, tuple(value) if isinstance(value, list) else value)
     if isinstance(args.base_seed, int):
         args.base_seed = [args.base_seed]
+    usual = ".png" if args.frame_num == 1 else ".mp4"
+    form = FORMATS.get(output_path(args.save_file).suffix.lower() if args.save_file else usual)
+    if args.codec is None and form is not None and recorded.get("codec") in form.codecs:
+        args.codec = recorded["codec"]
     _fill_files(args, recorded)
     if args.ckpt_dir is None and not any(getattr(args, part) for part in PARTS):
         _fill_model(args, video, recorded)

@@ -45,11 +45,12 @@ class Parallel:
         self.size, self.rank = (1, 0) if world is None else (world.size(), world.rank())
         groups = 2 if cfg_parallel else 1
         if ulysses_size * groups != self.size:
+            use = f": give --ulysses_size {self.size}" if self.size > 1 else ""
             needed = f"--ulysses_size {ulysses_size}{' --cfg_parallel' if cfg_parallel else ''}"
             raise UserError(
                 f"{needed} is for {ulysses_size * groups} processes (mlx.launch -n {ulysses_size * groups}) and there "
                 f"{'is' if self.size == 1 else 'are'} {self.size}: processes that share tokens, times two with "
-                "--cfg_parallel, must be as many as there are"
+                f"--cfg_parallel, must be as many as there are{use}"
             )
         group, member = divmod(self.rank, ulysses_size)
         self._everybody = everybody = Team(world)

@@ -96,7 +96,7 @@ def ask(where: Server, messages: list[dict[str, Any]], timeout: float = TIMEOUT)
         time.sleep(wait)
         try:
             with _OPENER.open(request, timeout=timeout) as answer:
-                return _content(answer.read(LARGEST_ANSWER + 1))
+                return _content(_read(answer, time.monotonic() + timeout))
         except urllib.error.HTTPError as error:
             problem = f"HTTP {error.code} {error.reason}{_details(error)}"
             if error.code not in _TRY_AGAIN and error.code < 500:
@@ -105,6 +105,18 @@ def ask(where: Server, messages: list[dict[str, Any]], timeout: float = TIMEOUT)
             problem = str(getattr(error, "reason", None) or error or type(error).__name__)
     words = problem if where.key is None else problem.replace(where.key, "***")
     raise WanError(f"{where.url}: {words}")
+
+
+def _read(answer: Any, until: float) -> bytes:
+    """All of it, or one byte more than may be; TimeoutError at a server that never stops sending a little."""
+    data = b""
+    while len(data) <= LARGEST_ANSWER and (more := answer.read1(LARGEST_ANSWER)):
+        data += more
+        if time.monotonic() > until:
+            raise TimeoutError("timed out")
+    if answer.length and len(data) <= LARGEST_ANSWER:
+        raise http.client.IncompleteRead(data, answer.length)
+    return data
 
 
 def _content(data: bytes) -> str:
