@@ -73,14 +73,28 @@ _INTS = ctypes.POINTER(ctypes.c_int)
 _TYPES = {mx.float32: "float", mx.bfloat16: "bfloat16", mx.int8: "signed char"}
 
 
+def _compile(*arguments: str | Path) -> None:
+    command = [COMPILER, "-std=c++20", "-fPIC", "-pthread", "-w", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[:2000]
+
+
+@cache
+def _header() -> tempfile.TemporaryDirectory:
+    """Where `cuda.h` lies, translated already: reading the standard library again takes most of a compilation."""
+    folder = tempfile.TemporaryDirectory()
+    header = Path(folder.name, "cuda.h")
+    header.write_text(_CUDA)
+    _compile("-x", "c++-header", header, "-o", f"{header}.gch")
+    return folder
+
+
 @cache
 def _built(text: str) -> ctypes.CDLL:
     with tempfile.TemporaryDirectory() as folder:
         source, library = Path(folder, "kernel.cpp"), Path(folder, "kernel.so")
         source.write_text(text)
-        command = [COMPILER, "-std=c++20", "-shared", "-fPIC", "-pthread", "-w", "-o", library, source]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[:2000]
+        _compile("-include", Path(_header().name, "cuda.h"), "-shared", "-o", library, source)
         return ctypes.CDLL(str(library))
 
 
@@ -116,7 +130,7 @@ def cuda_kernel(name, input_names, output_names, source, header="", alone=False)
             "    for (auto& one : running) one.join();\n"
         )
         text = (
-            f"{_CUDA}{header}{constants}{shapes}static void kernel({', '.join(parameters)}) {{\n{source}\n}}\n"
+            f"{header}{constants}{shapes}static void kernel({', '.join(parameters)}) {{\n{source}\n}}\n"
             f'extern "C" void start({", ".join(parameters)}, const int** shapes, int blocks, int threads) {{\n'
             + "".join(f"  {n}_shape = shapes[{i}];\n" for i, n in enumerate(input_names))
             + "  std::barrier<> all(threads);\n  together = &all;\n"
