@@ -108,8 +108,8 @@ def test_a_stopped_run_of_two_goes_on(folder, tmp_path, capsys):
     but the same if one process alone goes on."""
     path, whole = tmp_path / "two.mp4", tmp_path / "whole.mp4"
     kept = tmp_path / "two.mp4.resume.safetensors"
-    flags = "--sample_steps 40 --seed 3 --ulysses_size 2 --codec lossless"
-    processes = ranks.start(tmp_path, 2, line(folder, path, f"{flags} --save_every 3"))
+    flags = "--frame_num 5 --sample_steps 20 --seed 3 --ulysses_size 2 --codec lossless"
+    processes = ranks.start(tmp_path, 2, line(folder, path, f"{flags} --save_every 1"))
     while not kept.exists():
         assert processes[0].poll() is None, processes[0].communicate()
         time.sleep(0.01)
@@ -147,7 +147,7 @@ def test_two_processes_make_a_batch_and_its_previews(folder, tmp_path):
     lines[2]["image"] = str(tmp_path / "not_there.png")  # on the second machine
     elsewhere.write_text("\n".join(map(json.dumps, lines)))
     (tmp_path / "steps").mkdir()
-    words = f"{SIZE} --ckpt_dir {folder} --sample_steps 2 --codec lossless --batch".split()
+    words = f"{SIZE} --frame_num 5 --ckpt_dir {folder} --sample_steps 2 --codec lossless --batch".split()
     start = ["-m", "mlx_wan.cli.main", "generate", *words]
     shared = ["--ulysses_size", "2", "--preview", str(tmp_path / "steps")]
     other = {1: [*start, str(elsewhere), *shared]}
