@@ -96,7 +96,9 @@ def test_who_is_behind_for_too_long_is_named():
     steady = f"{STEADY} 0.5"
     assert late([f"7 {steady}", f"6 {steady}", f"7 {steady}"], 30) == (1, 21)
     assert late([f"5 {steady}", f"6 {steady}", f"7 {steady}"], 30) == (0, 21)  # the last of all
-    assert late([f"7 {steady}"] * 3, 1000) is None  # all compute, or all wait: nobody knows which
+    assert late([f"7 {steady}"] * 3, 600) is None  # all compute, or all wait: nobody knows which
+    assert late([f"7 {steady}"] * 3, 610) == (None, 601)
+    assert late([f"7 {steady}", f"7 {PATIENCE} 0.5"], 10_000) is None  # the second decodes, or writes
     assert late([f"7 {steady}", f"6 {STEADY} 30"], 120) is None  # a step takes 30 s here
     assert late([f"7 {STEADY} 30", f"6 {steady}"], 130) == (1, 121)
     assert late([f"7 {steady}", f"6 {PATIENCE} 0.5"], 600) is None  # it loads weights

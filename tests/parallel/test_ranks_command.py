@@ -114,7 +114,9 @@ def test_a_stopped_run_of_two_goes_on(folder, tmp_path, capsys):
         assert processes[0].poll() is None, processes[0].communicate()
         time.sleep(0.01)
     processes[1].kill()
-    assert [code for code, *_ in ranks.finish(processes, timeout=30)] == [1, -9]
+    results = ranks.finish(processes, timeout=30)
+    assert [code for code, *_ in results] == [1, -9]
+    assert f"{kept} has the run as it stood after step " in results[0][2]
     assert not path.exists()
     alone = tmp_path / "alone.mp4.resume.safetensors"
     shutil.copy(kept, alone)

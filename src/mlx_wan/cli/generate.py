@@ -253,6 +253,7 @@ def _make(
             if args.save_every and is_first:
                 kept = resume.record(args, facts)
                 keeper = stack.enter_context(resume.Keeper(path, args.save_every, steps, kept, done))
+                args.crew.on_stop(keeper.say)
             if is_first:
                 writer = stack.enter_context(open_output(path, facts["fps"], args.codec, facts))
                 args.crew.on_stop(writer.discard)

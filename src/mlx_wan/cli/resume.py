@@ -171,6 +171,10 @@ class Keeper:
         newest = self._newest
         if kind is KeyboardInterrupt and newest is not None and newest.step != self._saved:
             self._save(newest)
+        self.say()
+
+    def say(self) -> None:
+        """How to go on, if there is anything to go on from."""
         if self.path.exists():
             after = f" after step {self._saved} of {self._steps}" if self._saved else ""
             note(f"{self.path} has the run as it stood{after}: generate --resume {self.path} goes on")

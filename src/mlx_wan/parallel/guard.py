@@ -20,7 +20,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_wan.errors import UserError, WanError
-from mlx_wan.parallel.pulse import PULSE, STEADY
+from mlx_wan.parallel.pulse import PATIENCE, PULSE, STEADY
 from mlx_wan.parallel.team import exchange
 
 BEAT = 1.0  # seconds between two signs of life
@@ -41,25 +41,27 @@ class StoppedTogether(KeyboardInterrupt):
 
 @dataclass
 class Place:
-    """How far a rank has said to be, and since when others have been further (None: nobody is)."""
+    """How far a rank has said to be, since when it is there, and since when others are further (None: they are not)."""
 
     count: int = 0
     patience: float = STEADY
     longest: float = 0.0
+    still: float | None = None
     behind: float | None = None
 
     def hear(self, line: str) -> None:
         """Takes up an "at" line; whoever has moved is not behind until somebody else is further still."""
         count, patience, longest = line.split()
         if int(count) != self.count:
-            self.behind = None
+            self.still = self.behind = None
         self.count, self.patience, self.longest = int(count), float(patience), float(longest)
 
 
-def straggler(places: Mapping[int, Place], now: float, silence: float) -> tuple[int, float] | None:
+def straggler(places: Mapping[int, Place], now: float, silence: float) -> tuple[int | None, float] | None:
     """The rank that has been behind others for longer than it may be, and for how many seconds; None if all go on.
 
     It may for its own patience (`silence` in steady work), and for four times the longest way that any rank has had.
+    (None, seconds) if all are among equal steps and none has come further for PATIENCE and four times that way.
     """
     furthest, longest = (max(getattr(place, name) for place in places.values()) for name in ("count", "longest"))
     for rank, place in sorted(places.items(), key=lambda item: item[1].count):
@@ -70,7 +72,12 @@ def straggler(places: Mapping[int, Place], now: float, silence: float) -> tuple[
         patience = silence if place.patience == STEADY else place.patience
         if now - place.behind > max(patience, SLOWER * longest):
             return rank, now - place.behind
-    return None
+    waited = now
+    for place in places.values():
+        place.still = now if place.still is None else place.still
+        waited = min(waited, now - place.still)
+    steady = all(place.patience == STEADY for place in places.values())
+    return (None, waited) if steady and waited > max(PATIENCE, SLOWER * longest) else None
 
 
 def tell(world: mx.distributed.Group, text: str) -> list[str]:
@@ -159,8 +166,12 @@ class Guard:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        interrupted = isinstance(error, KeyboardInterrupt) and not isinstance(error, StoppedTogether)
         if error is not None and not isinstance(error, WanError | KeyboardInterrupt | SystemExit):
             # Most likely MLX has lost a rank. Whoever watches that one will know; this thread ends the process then.
+            time.sleep(min(2.0, self._silence))
+        elif interrupted and self._rank > 0:
+            # A terminal's Ctrl-C reaches rank 0 too, which has a run to leave in order.
             time.sleep(min(2.0, self._silence))
         if error is None or isinstance(error, DisagreementError | StoppedTogether):
             self._part()
@@ -212,7 +223,11 @@ class Guard:
                 self._places[0].hear(place)
                 if late := straggler(self._places, time.monotonic(), self._silence):
                     rank, seconds = late
-                    self._stop(f"{self._name(rank)} lives but has come no further for {seconds:.0f} s: it hangs")
+                    who = "every rank" if rank is None else self._name(rank)
+                    self._stop(
+                        f"{who} lives but has come no further for {seconds:.0f} s: "
+                        + ("MLX's connection hangs, or one of them" if rank is None else "it hangs")
+                    )
 
     def _say(self, line: str) -> None:
         with self._lock:
