@@ -38,23 +38,24 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--true_size", action="store_true", help="TI2V-5B's widths with random weights")
     parser.add_argument("--model", default="tiny", metavar="DIR", help="instead of the embedded model")
     parser.add_argument("--layers", type=int, default=30, help="true size: transformer blocks")
-    parser.add_argument("--size", type=int, default=704, help="true size: side of the frames, a multiple of 32")
-    parser.add_argument("--frames", type=int, default=121, help="true size: frames of the clip, 4n+1")
+    parser.add_argument("--size", type=int, help="side of the frames, a multiple of 32 (704; whole runs: the model's)")
+    parser.add_argument("--frames", type=int, help="frames of the clip, 4n+1 (121; whole runs: the model's)")
     parser.add_argument("--steps", type=int, default=20, help="whole runs: denoising steps")
     args = parser.parse_args(argv)
     start = time.perf_counter()
     if args.true_size:
-        true_size(args.layers, args.size, args.frames)
+        true_size(args.layers, args.size or 704, args.frames or 121)
     else:
-        embedded(args.model, args.steps)
+        embedded(args.model, args.size, args.frames, args.steps)
     print(f"\n{backend.device_name()}, {time.perf_counter() - start:.0f} s")
     return 0
 
 
-def embedded(model: str, steps: int) -> None:
+def embedded(model: str, size: int | None, frames: int | None, steps: int) -> None:
     """The model of this package, or a small one: files, one call, and whole runs."""
+    options = {"width": size, "height": size, "num_frames": frames, "num_inference_steps": steps}
     exact = mlx_wan.WanPipeline.from_pretrained(model, dtype=mx.float32, low_memory=False)
-    call, videos = one_call(exact), [clip(exact, prompt, steps) for prompt in PROMPTS]
+    call, videos = one_call(exact), [clip(exact, prompt, **options) for prompt in PROMPTS]
     print("| mode | transformer, MB | text encoder, MB | error of one call | PSNR of a run, dB |")
     print("| --- | ---: | ---: | ---: | ---: |")
     print(f"| float32 | {mb(exact.transformer)} | {mb(exact.text_encoder)} | 0 | ∞ |")
@@ -63,7 +64,7 @@ def embedded(model: str, steps: int) -> None:
             folder = convert(model, Path(name) / "model", mx.float32, how.bits, how.group_size, how.mode)
             pipe = mlx_wan.WanPipeline.from_pretrained(folder, dtype=mx.float32, low_memory=False)
             error = relative(one_call(pipe), call)
-            ratios = [psnr(clip(pipe, prompt, steps), video) for prompt, video in zip(PROMPTS, videos, strict=True)]
+            ratios = [psnr(clip(pipe, prompt, **options), video) for prompt, video in zip(PROMPTS, videos, strict=True)]
             sizes = f"{mb(pipe.transformer)} | {mb(pipe.text_encoder)}"
             print(f"| {label(how)} | {sizes} | {error:.4f} | {np.mean(ratios):.1f} |", flush=True)
 
@@ -116,8 +117,8 @@ def one_call(pipe: mlx_wan.WanPipeline) -> mx.array:
     return pipe.transformer(mx.random.normal(shape, key=mx.random.key(0)), mx.array([500.0]), context)
 
 
-def clip(pipe: mlx_wan.WanPipeline, prompt: str, steps: int) -> np.ndarray:
-    frames = pipe(prompt, seed=7, num_inference_steps=steps).frames
+def clip(pipe: mlx_wan.WanPipeline, prompt: str, **options: int | None) -> np.ndarray:
+    frames = pipe(prompt, seed=7, **options).frames  # pyright: ignore[reportArgumentType]
     assert frames is not None
     return frames
 

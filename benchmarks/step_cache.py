@@ -44,11 +44,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", default="tiny", help="the embedded 'tiny' model or a checkpoint folder of its kind")
     parser.add_argument("--prompts", type=int, default=24, help="how many held-out prompts (%(default)s)")
     parser.add_argument("--steps", type=int, help="sampling steps (default: the model's)")
+    parser.add_argument("--size", type=int, help="side of the frames, a multiple of 32 (default: the model's)")
+    parser.add_argument("--frames", type=int, help="frames of a clip, 4n+1 (default: the model's)")
     parser.add_argument("--cache", type=float, nargs="*", default=[0.03, 0.05, 0.1, 0.2], help="thresholds")
     parser.add_argument("--json", type=Path, help="write the numbers to this file too")
     args = parser.parse_args(argv)
     pipe = mlx_wan.WanPipeline.from_pretrained(args.model, low_memory=False)
-    table = measure(pipe, rows(args.cache), args.prompts, args.steps)
+    options = {"width": args.size, "height": args.size, "num_frames": args.frames, "num_inference_steps": args.steps}
+    table = measure(pipe, rows(args.cache), args.prompts, options)
     print("\n".join(shown(table)))
     print(f"\n{args.prompts} prompts, {backend.device_name()}")
     if args.json:
@@ -70,7 +73,7 @@ def rows(thresholds: list[float]) -> list[Row]:
     ]
 
 
-def measure(pipe: mlx_wan.WanPipeline, table: list[Row], prompts: int, steps: int | None) -> list[Row]:
+def measure(pipe: mlx_wan.WanPipeline, table: list[Row], prompts: int, options: dict[str, Any]) -> list[Row]:
     """Fills the rows, prompt by prompt, so that each setting meets the same load of the machine."""
     counted = Counted(pipe)
     pipe("a red circle", num_inference_steps=1, output_type="latent")  # loads and compiles
@@ -78,9 +81,7 @@ def measure(pipe: mlx_wan.WanPipeline, table: list[Row], prompts: int, steps: in
         exact = None
         for row in table:
             counted.calls, begun = 0, time.perf_counter()
-            latents = pipe(
-                prompt, seed=i, output_type="latent", **{"num_inference_steps": steps, **row.options}
-            ).latents
+            latents = pipe(prompt, seed=i, output_type="latent", **(options | row.options)).latents
             row.seconds += time.perf_counter() - begun
             row.calls += counted.calls
             frames = np.round((np.clip(np.array(pipe.vae.decode(latents)[0]), -1, 1) + 1) * 127.5).astype(np.uint8)

@@ -17,7 +17,7 @@ def rows(out):
 
 
 def test_every_mode_is_measured_on_the_embedded_model(capsys):
-    assert quantization.main(["--steps", "1"]) == 0
+    assert quantization.main(["--steps", "1", "--size", "64", "--frames", "5"]) == 0
     head, _, exact, *modes = rows(capsys.readouterr().out)
     assert len(head) == 5
     assert len(modes) == len(quantization.WAYS) == 5

@@ -11,8 +11,8 @@ def test_the_table_counts_calls_and_compares_with_every_step(tmp_path, capsys):
     spec = importlib.util.spec_from_file_location("step_cache_benchmark", SCRIPT)
     bench = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(bench)
-    line = ["--prompts", "1", "--steps", "12", "--cache", "0.0001", "0.3", "--json", str(tmp_path / "x.json")]
-    assert bench.main(line) == 0
+    line = ["--prompts", "1", "--steps", "12", "--size", "64", "--frames", "9", "--cache", "0.0001", "0.3"]
+    assert bench.main([*line, "--json", str(tmp_path / "x.json")]) == 0
     out = capsys.readouterr().out
     found = {row["setting"]: row for row in json.loads((tmp_path / "x.json").read_text())}
     assert found["every step"]["calls"] == found["--cache 0.0001"]["calls"] == 24
