@@ -5,11 +5,12 @@ import subprocess
 import sys
 import time
 
+import mlx.core as mx
 import pytest
 import ranks
 
 from mlx_wan.parallel import world
-from mlx_wan.parallel.guard import Place, straggler
+from mlx_wan.parallel.guard import Guard, Place, straggler
 from mlx_wan.parallel.pulse import PATIENCE, STEADY, Pulse
 
 HERE = f"rank 1 ({socket.gethostname()})"
@@ -44,6 +45,18 @@ def test_ranks_that_finish_leave_in_peace(tmp_path):
     results = ranks.finish(ranks.start(tmp_path, 3, [str(ranks.HERE / "guarded.py"), "finish", str(unfinished)]))
     assert [(code, out) for code, out, _ in results] == [(0, "")] * 3, results
     assert unfinished.exists()
+
+
+def test_nothing_is_said_after_goodbye(monkeypatch):
+    """Rank 0 has stopped listening: what it leaves unread could reset the connection over its own goodbye."""
+    guard, (link, other) = Guard(mx.distributed.init()), socket.socketpair()
+    monkeypatch.setattr(guard, "_rank", 1)
+    monkeypatch.setattr(guard, "_links", {0: link})
+    guard._say("at 1")
+    guard._part()
+    guard._say("at 2")
+    link.close()
+    assert other.recv(100, socket.MSG_WAITALL) == b"at 1\nbye\n"
 
 
 def test_every_rank_says_who_was_given_something_else(tmp_path):

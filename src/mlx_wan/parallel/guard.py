@@ -132,6 +132,7 @@ class Guard:
         self._listeners: list[threading.Thread] = []
         self._clean_up: list[Callable[[], None]] = []
         self._lock, self._ended, self._ending = threading.Lock(), threading.Event(), threading.Lock()
+        self._silent = False
         self.hosts: list[str] = []
 
     def on_stop(self, function: Callable[[], None]) -> None:
@@ -184,7 +185,7 @@ class Guard:
         """Goes when all can: rank 0 hears everybody's goodbye before it says its own, for which the others wait."""
         PULSE.patience = STEADY  # others must not begin what this rank will not
         if self._rank > 0:
-            self._say("bye")
+            self._say("bye", last=True)  # rank 0 would not read more; a connection closed over unread bytes is reset
         for listener in self._listeners:
             listener.join()
         if self._rank == 0:
@@ -229,9 +230,10 @@ class Guard:
                         + ("MLX's connection hangs, or one of them" if rank is None else "it hangs")
                     )
 
-    def _say(self, line: str) -> None:
+    def _say(self, line: str, last: bool = False) -> None:
         with self._lock:
-            for link in self._links.values():
+            links, self._silent = {} if self._silent else self._links, self._silent or last
+            for link in links.values():
                 try:
                     link.sendall(f"{' '.join(line.split())}\n".encode())
                 except OSError:
