@@ -7,7 +7,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_wan.training.judge import judge, observe, summarise
+from mlx_wan.training.judge import _pieces, judge, observe, summarise
 from mlx_wan.training.scenes import encode_scenes, render
 from mlx_wan.training.world import COLOURS, MOTIONS, SHAPES, Scene, SceneObject, sample_scene
 from mlx_wan.video import VideoWriter, read_video
@@ -143,3 +143,13 @@ def test_summary_counts_objects_and_confusions(moving):
     assert summary["rates"]["colour"] == 1.0
     assert summary["by_value"]["motion"] == {"right": [1, 1], "up": [0, 1]}
     assert summary["confusion"]["motion"] == {"right": {"right": 1}, "up": {"right": 1}}
+
+
+def test_the_largest_piece_is_taken_and_the_others_are_counted():
+    """Pixels that touch at a corner are of one piece: a V of 5, and a line of 3 below it."""
+    frame = np.array([[1, 0, 0, 0, 1], [0, 1, 0, 1, 0], [0, 0, 1, 0, 0], [0, 0, 0, 0, 0], [1, 1, 1, 0, 0]], bool)
+    largest, pieces = _pieces(np.stack([frame, frame[::-1], frame & False]))
+    assert pieces == 2
+    assert np.array_equal(largest[0], frame & (np.arange(5) < 3)[:, None])
+    assert np.array_equal(largest[1], largest[0][::-1])
+    assert not largest[2].any()

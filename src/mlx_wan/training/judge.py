@@ -157,17 +157,14 @@ def _without_fringes(found: list[int], label: np.ndarray, solid: np.ndarray) -> 
 def _pieces(mask: np.ndarray) -> tuple[np.ndarray, int]:
     """The largest connected piece of each frame, and how many pieces a typical frame has, not counting those
     under a quarter of the largest. mask: (T, H, W)."""
-    label = np.where(mask, np.arange(1, mask.size + 1, dtype=np.int32).reshape(mask.shape), 0)
-    while True:  # each pixel takes the largest number among itself and its neighbours
-        new = label.copy()
-        np.maximum(new[:, 1:], label[:, :-1], out=new[:, 1:])
-        np.maximum(new[:, :-1], new[:, 1:], out=new[:, :-1])
-        np.maximum(new[:, :, 1:], new[:, :, :-1], out=new[:, :, 1:])
-        np.maximum(new[:, :, :-1], new[:, :, 1:], out=new[:, :, :-1])
-        new[~mask] = 0
-        if np.array_equal(new, label):
-            break
-        label = new
+    lines = _lines(mask)
+    names, before = np.arange(1, mask.sum() + 1), None
+    while before is None or not np.array_equal(before, names):  # each line takes the largest number of its pixels
+        before = names.copy()
+        for pixels, starts, lengths in lines:
+            names[pixels] = np.repeat(np.maximum.reduceat(names[pixels], starts), lengths)
+    label = np.zeros(mask.shape, int)
+    label[mask] = names
     largest = np.zeros_like(mask)
     counts = []
     for t, frame in enumerate(label):
@@ -176,6 +173,21 @@ def _pieces(mask: np.ndarray) -> tuple[np.ndarray, int]:
             largest[t] = frame == names[sizes.argmax()]
             counts.append(int((sizes >= 0.25 * sizes.max()).sum()))
     return largest, int(np.median(counts)) if counts else 0
+
+
+def _lines(mask: np.ndarray) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """The mask's unbroken lines, across, down and along both diagonals: for each way its pixels line after line, as
+    indices among the mask's; each line's start among those; its length. Nothing for an empty mask (T, H, W)."""
+    frame, y, x = np.nonzero(mask)
+    found = []
+    for line, along in ((y, x), (x, y), (y - x, x), (y + x, x)) if len(x) else ():
+        pixels = np.lexsort((along, line, frame))
+        steps = [np.diff(each[pixels], prepend=-1) for each in (frame, line, along)]
+        begins = (steps[0] != 0) | (steps[1] != 0) | (steps[2] != 1)
+        begins[0] = True
+        starts = np.flatnonzero(begins)
+        found.append((pixels, starts, np.diff(starts, append=len(pixels))))
+    return found
 
 
 # ---- objects -----------------------------------------------------------------------------------------------
