@@ -41,7 +41,7 @@ def main() -> None:
     commands = parser.add_subparsers(required=True)
     one = commands.add_parser("swap")
     one.add_argument("--model", default="tiny")
-    one.add_argument("--clips", type=int, default=32)
+    one.add_argument("--clips", type=int, default=24)
     one.set_defaults(run=swap)
     other = commands.add_parser("learn")
     other.add_argument("--start", choices=("near", "official"), default="near")

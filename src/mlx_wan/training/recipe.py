@@ -287,7 +287,7 @@ def check_same_run(folder: Path, facts: dict[str, Any]) -> None:
     # A key that is younger than the run had its default then.
     now = _leaves(facts)
     keys = [(f"{section}.", field) for section, cls in _SECTIONS.items() for field in fields(cls)]
-    keys += [("", field) for field in fields(_STAGES[facts["stage"]])] if "stage" in facts else []
+    keys += [("", field) for field in fields(_STAGES[facts["stage"]])]
     defaults = {name: field.default for section, field in keys if (name := section + field.name) in now}
     then = defaults | _leaves(before)
     changed = [name for name in {**then, **now} if then.get(name) != now.get(name) and not name.startswith(_FREE)]
