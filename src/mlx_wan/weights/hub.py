@@ -23,7 +23,8 @@ from mlx_wan.weights.files import INDEX_SUFFIX, TENSOR_SUFFIXES, read_index
 
 SMALL = ("config.json", INDEX, "*/config.json", f"*{INDEX_SUFFIX}")  # what tells which files there must be
 OF_A_FILE = (".gitattributes", f"*{INDEX_SUFFIX}")  # the same; the first, which every repository has, makes its folder
-FILE_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:/(.+))?")  # OWNER/NAME, OWNER/NAME/PATH
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # OWNER/NAME
+FILE_ID = re.compile(rf"({HUB_ID.pattern})(?:/(.+))?")  # OWNER/NAME, OWNER/NAME/PATH
 SHARD = re.compile(r"-\d+-of-\d+\.\w+$")
 LORA_CONFIG = "adapter_config.json"  # PEFT's, without which its file is only half
 SHOWN = 8  # names listed in an error

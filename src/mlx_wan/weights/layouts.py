@@ -112,9 +112,7 @@ HF_TEXT_ENCODER = Dialect(
         ("encoder.block.N.layer.1.DenseReluDense.wo.*", "blocks.N.ffn.fc2.*"),
     ),
 )
-# transformers' CLIPVisionModel and CLIPVisionModelWithProjection, which ComfyUI's files are too; from its version 5 on
-# the first has no prefix. Queries, keys and values are three matrices there, and the projection is turned:
-# `clip.image_half` makes them one and turns it back.
+# UMT5 as llama.cpp names it.
 GGUF_TEXT_ENCODER = Dialect(
     "GGUF",
     ("token_embd.weight", "enc.blk.0."),
@@ -130,6 +128,9 @@ GGUF_TEXT_ENCODER = Dialect(
         ("enc.blk.N.ffn_down.weight", "blocks.N.ffn.fc2.weight"),
     ),
 )
+# transformers' CLIPVisionModel and CLIPVisionModelWithProjection, which ComfyUI's files are too; from its version 5 on
+# the first has no prefix. Queries, keys and values are three matrices there, and the projection is turned:
+# `clip.image_half` makes them one and turns it back.
 HF_IMAGE_ENCODER = Dialect(
     "Hugging Face",
     ("vision_model.embeddings.", "embeddings.class_embedding", "encoder.layers.0.self_attn.q_proj."),

@@ -1,7 +1,6 @@
 """Finds a checkpoint, tells its layout, and checks that its parts are there, of the right model, and fit."""
 
 import json
-import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -39,14 +38,13 @@ from mlx_wan.weights.dimensions import (
 )
 from mlx_wan.weights.files import INDEX_SUFFIX, TENSOR_SUFFIXES, read_index, read_tensors
 from mlx_wan.weights.fit import component_tensors
-from mlx_wan.weights.hub import download, is_hub_file, local_file
+from mlx_wan.weights.hub import HUB_ID, download, is_hub_file, local_file
 from mlx_wan.weights.identify import LABELS, identify
 from mlx_wan.weights.layouts import official_names
 from mlx_wan.weights.loose import NEEDED, by_content, components, find_tokenizer, has_parts, without
 from mlx_wan.weights.quantize import Quantization
 from mlx_wan.zoo import MODELS
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 USUAL = {"tokenizer": ("tokenizer.json",)}  # of a repository's files the one that is meant
 MODEL_TYPES = ("t2v", "ti2v", "i2v", "flf2v", "vace")  # of the transformers that run, in config.json
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from mlx_wan import backend
 from mlx_wan.errors import UserError
-from mlx_wan.weights.locate import HUB_ID
+from mlx_wan.weights.hub import HUB_ID
 from mlx_wan.weights.save import replacing
 
 CARD = """---
